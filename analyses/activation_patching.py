@@ -1,18 +1,20 @@
 # %% [markdown]
 # # Which activations carry the effect of a mask?
 # A mask is an edit in place, so activation patching runs on top of it. The unpruned model and the
-# masked model both read the same request with the same answer, and one activation of one run replaces
-# that of the other run. **Restore**: the masked model gets an activation of the unpruned model.
+# masked model both read the same request with the same answer, and one activation of one run
+# replaces that of the other run. **Restore**: the masked model gets an activation of the unpruned
+# model.
 # **Destroy**: the unpruned model gets an activation of the masked model. Either way
 #
 # $$\text{share} = \frac{\text{loss, patched} - \text{loss, start}}
 #                      {\text{loss, end} - \text{loss, start}}$$
 #
-# on the reference answer is 0 for the model that gets the activation and 1 for the model that gives it.
+# on the reference answer is 0 for the model that gets the activation and 1 for the model that gives
+# it.
 #
 # A model of your own, with a mask that you saved, on a few layers: `python
-# analyses/activation_patching.py --model FOLDER --harmful FILE --benign FILE --mask FILE --layers 10
-# --layers 11 --out DIR`.
+# analyses/activation_patching.py --model FOLDER --harmful FILE --benign FILE --mask FILE --layers
+# 10 --layers 11 --out DIR`.
 #
 # Positions are counted from the start of the text, so they mean the same only in requests of equal
 # length. The largest group of such requests, with the same first word, is patched together; with a
@@ -36,9 +38,9 @@ NEARLY_ALL = 0.9
 
 # %% [markdown]
 # ## The experiment
-# The mask is the circuit of harm, which protects all other abilities. Two controls: the benign twins of
-# the harmful requests under the same circuit, and a random mask of as many weights. If a mask does not
-# change the loss, there is nothing to restore, and changes are given in nats only.
+# The mask is the circuit of harm, which protects all other abilities. Two controls: the benign
+# twins of the harmful requests under the same circuit, and a random mask of as many weights. If a
+# mask does not change the loss, there is nothing to restore, and changes are given in nats only.
 
 
 # %%
@@ -82,8 +84,8 @@ rows.where("nll_gap").frame(index=["model", "behaviour"], columns="mask")
 # %% [markdown]
 # ## Where in the stream
 # Before a layer (pre), between attention and MLP (mid), after the last (post); one position at a
-# time, and all of them at once. At the last depth a patch restores everything by construction: only the
-# final norm and the unembedding follow, which no mask edits.
+# time, and all of them at once. At the last depth a patch restores everything by construction: only
+# the final norm and the unembedding follow, which no mask edits.
 
 # %%
 case = {name: rows[0].labels[name] for name in ("ladder", "model", "seed")}
@@ -157,10 +159,10 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# A patch replaces a whole activation. If it restores a share, the effect of the mask passes through that
-# place, but the removed weights need not sit there (`put_back.py` puts weights back instead). Shares of
-# single places do not add up, since two places may restore the same effect. And they are shares of the
-# loss on the reference answer; the model's own answers may differ.
+# A patch replaces a whole activation. If it restores a share, the effect of the mask passes through
+# that place, but the removed weights need not sit there (`put_back.py` puts weights back instead).
+# Shares of single places do not add up, since two places may restore the same effect. And they are
+# shares of the loss on the reference answer; the model's own answers may differ.
 
 # %%
 claim.main()

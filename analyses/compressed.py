@@ -1,14 +1,14 @@
 # %% [markdown]
 # # F4. Do aligned models hold harm in fewer weights?
-# Alignment is said to *compress* harmful generation: an aligned model would need few weights where an
-# unaligned model needs many. We test it on ladders of models: `base`; `helpful`, trained from it
+# Alignment is said to *compress* harmful generation: an aligned model would need few weights where
+# an unaligned model needs many. We test it on ladders of models: `base`; `helpful`, trained from it
 # (answers every request); and two trained from `helpful`, `sft` (taught to refuse harmful requests)
 # and `dpo` (trained to prefer refusals). Harm is elicited on all rungs alike, by a prefill, the
 # beginning of an answer: this tests what a rung can do, not what it would do.
 #
 # On every rung the search of `Model.find_circuit` finds growing circuits of harm, as in F1
-# (`compact.py`), and we measure the size at which harm halves. Every rung protects the same behaviours,
-# those that all rungs show: to protect refusal on aligned rungs alone would be unfair.
+# (`compact.py`), and we measure the size at which harm halves. Every rung protects the same
+# behaviours, those that all rungs show: to protect refusal on aligned rungs alone would be unfair.
 #
 # `w50` is the smallest measured share of the weights at which valid harm is at most half of the
 # unpruned rung's, while benign answers, recognition, explanation and knowledge each lose at most 5
@@ -47,11 +47,13 @@ PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
 # alignment compresses harm more than benign answers: of every pair of rungs the ratio is lower.
 #
 # Amended. Before the first run with the search: the curve was that of the circuit "in rounds", the
-# search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes. On 30
-# November 2026, after seeing all earlier rows: (d) was added; benign answers had only been reported,
-# for one seed of every ladder. They are now measured for each; a case without them lacks (d).
+# search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes. On
+# 30 November 2026, after seeing all earlier rows: (d) was added; benign answers had only been
+# reported, for one seed of every ladder. They are now measured for each; a case without them lacks
+# (d).
 # Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called for.
+# after the search had begun to score fresh answers under its mask, a change that F2's rows called
+# for.
 
 # %%
 ALIGNED, LARGEST_GAP = 0.5, 0.05
@@ -89,8 +91,9 @@ def compresses_harm_more(rows: hc.Rows) -> bool:
 # Rungs run in turn in one job, because ratios are paired: a resample draws the same items on every
 # rung. The seed draws the half of the requests whose verified answers are scored.
 #
-# The content-matched contrast is the curve of benign answers, found in the same way with harm among the
-# protected behaviours. If it is compressed as much, alignment does not act on harm in particular.
+# The content-matched contrast is the curve of benign answers, found in the same way with harm among
+# the protected behaviours. If it is compressed as much, alignment does not act on harm in
+# particular.
 
 
 # %%
@@ -113,39 +116,41 @@ def curves_of(
     rows = hc.Rows()
     models = {name: curves.restricted(model) for name, model in models.items()}
     answers = {name: model.calibrations(share=0.5, seed=seed) for name, model in models.items()}
-    behaviours = set.intersection(*(set(calibrations) for calibrations in answers.values()))
-    aligned = []
-    for name, model in models.items():
-        if model.measure(only="refusal").one("refusal_rate").mean >= ALIGNED:
-            aligned.append(name)
+    behaviours = set.intersection(*map(set, answers.values()))
+    aligned = [name for name, model in models.items() if is_aligned(model)]
     unaligned = [name for name in models if name not in aligned]
-    for target in ("harmful", "benign") if with_contrast else ("harmful",):
+    targets = ("harmful", "benign") if with_contrast else ("harmful",)
+    for target in targets:
         halves = {}
-        protect = sorted(behaviours - {target})
+        options = {"protect": sorted(behaviours - {target}), "size": list(sizes), "steps": steps}
         for name, model in models.items():
-            options = {"protect": protect, "calibrations": answers[name], "steps": steps}
-            masks = model.find_circuit(target, size=list(sizes), **options)
-            by_size = dict(zip(sizes, masks, strict=True))
-            halves[name], rung_rows = rung(model, target, by_size, seed)
-            loss = hc.completion_nll(model.bridge, answers[name][target].batches).mean().item()
-            rung_rows += [hc.Measurement.exact("calibration_nll", {}, loss)]
-            rows += [row.labelled(model=name, target=target) for row in rung_rows]
+            halves[name], rung_rows = rung(name, model, target, answers[name], seed, options)
+            rows += rung_rows
         for first, second in product(aligned, unaligned):
-            ratio = halves[first].over(halves[second])
             pair = {"first": first, "second": second, "target": target}
-            rows += [ratio.row("w50_ratio", pair)]
+            rows += [halves[first].over(halves[second]).row("w50_ratio", pair)]
     return rows
 
 
-def rung(model: hc.Model, target: str, masks: dict, seed: int) -> tuple[curves.Estimate, hc.Rows]:
-    """One rung's `w50`, and its rows: of every share, of `w50`, and of the random control."""
+def is_aligned(model: hc.Model) -> bool:
+    return model.measure(only="refusal").one("refusal_rate").mean >= ALIGNED
+
+
+def rung(
+    name: str, model: hc.Model, target: str, answers: dict, seed: int, options: dict
+) -> tuple[curves.Estimate, hc.Rows]:
+    """One rung's `w50`, and its rows: every share, `w50`, the random control and the loss."""
+    masks, sizes = model.find_circuit(target, calibrations=answers, **options), options["size"]
     unpruned = curves.outcomes_of(model, other_behaviours(model, "refusal"))
-    line = curve(model, list(masks.values()), unpruned, target=target, shares=list(masks))
+    line = curve(model, masks, unpruned, target=target, shares=sizes)
     half = curves.w50(line, BUDGETS[target])
     size = half.row("w50", {}).mean
-    gap = curves.gap(model, hc.random_like(masks[size], seed=seed), line, size)
+    random = hc.random_like(masks[sizes.index(size)], seed=seed)
+    gap = curves.gap(model, random, line, size).row("random_gap", {})
+    loss = hc.completion_nll(model.bridge, answers[target].batches).mean().item()
     rows = line.rows({"split": "heldout"}) + half.rows("w50", {})
-    return half, hc.Rows([*rows, gap.row("random_gap", {})])
+    rows = [*rows, gap, hc.Measurement.exact("calibration_nll", {}, loss)]
+    return half, hc.Rows(row.labelled(model=name, target=target) for row in rows)
 
 
 rows = claim.rows()
@@ -188,9 +193,9 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# `w50` is the first size at which every other ability is within its budget. If one ability is at the
-# edge of its 5 points, the size jumps between resamples: a wide interval that has nothing to do with
-# harm. And every rung is one training run: no interval holds the differences between ladders.
+# `w50` is the first size at which every other ability is within its budget. If one ability is at
+# the edge of its 5 points, the size jumps between resamples: a wide interval that has nothing to do
+# with harm. And every rung is one training run: no interval holds the differences between ladders.
 
 # %%
 claim.main()

@@ -1,22 +1,22 @@
 # %% [markdown]
 # # F6. Do recognising, explaining and refusing harm come apart from producing it?
 # A model that answers a harmful request can also tell that it is harmful, say why, and refuse. We
-# find a circuit of each of these four abilities, all of one size, and remove one at a time. What the
-# model still does is measured on items that no search has seen.
+# find a circuit of each of these four abilities, all of one size, and remove one at a time. What
+# the model still does is measured on items that no search has seen.
 #
 # Two abilities **dissociate doubly** when each loses more to the removal of its own circuit than of
-# the other's, by 95 % intervals. An ability is compared only with itself, under two masks, so it does
-# not matter that one is harder than the other. The dissociation is *clean* when, besides, each is kept
-# under the other's circuit (loses at most 5 points), and *graded* otherwise.
+# the other's, by 95 % intervals. An ability is compared only with itself, under two masks, so it
+# does not matter that one is harder than the other. The dissociation is *clean* when, besides, each
+# is kept under the other's circuit (loses at most 5 points), and *graded* otherwise.
 #
-# Every circuit is found three times. A circuit that protects nothing shows whether abilities come apart
-# by themselves; one that protects benign answers is the paper's own condition; one that protects all
-# others shows whether abilities can be taken apart.
+# Every circuit is found three times. A circuit that protects nothing shows whether abilities come
+# apart by themselves; one that protects benign answers is the paper's own condition; one that
+# protects all others shows whether abilities can be taken apart.
 #
 # *Controls.* Random weights, as many in every matrix. The circuit of refusal: without it a model
-# should still produce harm, also when it is asked plainly, without a prefill. And recognition is measured
-# in a second way, on which a bias to say yes has no effect: by the *pairs* of a harmful request and its
-# twin in which the harmful request has the higher odds of yes.
+# should still produce harm, also when it is asked plainly, without a prefill. And recognition is
+# measured in a second way, on which a bias to say yes has no effect: by the *pairs* of a harmful
+# request and its twin in which the harmful request has the higher odds of yes.
 
 # %%
 from dataclasses import replace
@@ -51,19 +51,20 @@ OTHER_RATES = set(Roles.standard().rates) - {HARM, INCOHERENT}
 
 # %% [markdown]
 # ## The rule, fixed before any run
-# A case is a pair: generation and one other ability, in one model and seed. It bears the claim out if
-# the two are a clean double dissociation where all others are protected, and at least a graded one in
-# the paper's condition, benign answers alone protected. It does so in part if only the former is so.
-# Where random masks cost an ability more than is kept, a fall says nothing of circuits, and no pair
-# of the model and seed bears the claim out.
+# A case is a pair: generation and one other ability, in one model and seed. It bears the claim out
+# if the two are a clean double dissociation where all others are protected, and at least a graded
+# one in the paper's condition, benign answers alone protected. It does so in part if only the
+# former is so. Where random masks cost an ability more than is kept, a fall says nothing of
+# circuits, and no pair of the model and seed bears the claim out.
 #
 # Amended. Before the first run with the search: the search (it was in rounds) and with it the size,
-# from 0.6 % to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: the paper's
-# condition, in place of "nothing protected". *Clean* had meant that neither loses more than ten points
-# by the end of an interval, which one item of 48 decides; and pairs had been counted together by a rule
-# of their own.
+# from 0.6 % to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: the
+# paper's condition, in place of "nothing protected". *Clean* had meant that neither loses more than
+# ten points by the end of an interval, which one item of 48 decides; and pairs had been counted
+# together by a rule of their own.
 # Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called for.
+# after the search had begun to score fresh answers under its mask, a change that F2's rows called
+# for.
 
 
 # %%
@@ -163,27 +164,31 @@ tested.pool("seed").frame(index=["ladder", "model", "protected", "second"], colu
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
     pooled, numbers = rows.pool("seed"), {}
-    for protected, title in PROTECTED.items():
-        without = pooled.where(mask="harmful", protected=protected)
-        if not without:
-            continue
-        for metric in (HARM, INCOHERENT):
-            for row in without.where(metric):
-                numbers[f"protecting {title}: {RATES[metric]}"] = f"{row.mean:.0%}"
-        lowest = hc.Rows(row for row in without if row.metric in OTHER_RATES).smallest()
-        lowest_text = f"{lowest.mean:.0%} ({RATES[lowest.metric]})"
-        numbers[f"protecting {title}: lowest other rate"] = (
-            lowest_text if lowest.mean < 1 else "100%"
-        )
-        condition = rows.where(mask="none") + rows.where(protected=protected)
-        outcomes = [test.outcome for _, test in dissociations_from("harmful", condition, METRICS)]
-        n_clean, n_graded = (outcomes.count(f"{kind} double") for kind in ("clean", "graded"))
-        apart = f"protecting {title}: pairs apart, of {len(outcomes)} (cleanly)"
-        numbers[apart] = f"{n_clean + n_graded} ({n_clean})"
+    for protected in PROTECTED:
+        for name, text in condition_numbers(rows, protected).items():
+            numbers[f"protecting {PROTECTED[protected]}: {name}"] = text
     for without in pooled.where(PLAIN, mask="refusal", protected="others"):
         unpruned = pooled.one(PLAIN, mask="none")
         numbers["plain harm, without refusal's circuit"] = f"{unpruned.mean:.0%} to {without:.0%}"
     numbers["the most that random weights cost an ability"] = f"{random_cost(rows):.0%}"
+    return numbers
+
+
+def condition_numbers(rows: hc.Rows, protected: str) -> dict[str, str]:
+    """The key numbers under one protection; none where it was not measured."""
+    without = rows.pool("seed").where(mask="harmful", protected=protected)
+    if not without:
+        return {}
+    numbers = {}
+    for row in without.where(HARM) + without.where(INCOHERENT):
+        numbers[RATES[row.metric]] = f"{row.mean:.0%}"
+    lowest = hc.Rows(row for row in without if row.metric in OTHER_RATES).smallest()
+    behaviour = f" ({RATES[lowest.metric]})" if lowest.mean < 1 else ""
+    numbers["lowest other rate"] = f"{lowest.mean:.0%}{behaviour}"
+    condition = rows.where(mask="none") + rows.where(protected=protected)
+    outcomes = [test.outcome for _, test in dissociations_from("harmful", condition, METRICS)]
+    n_clean, n_graded = outcomes.count("clean double"), outcomes.count("graded double")
+    numbers[f"pairs apart, of {len(outcomes)} (cleanly)"] = f"{n_clean + n_graded} ({n_clean})"
     return numbers
 
 
@@ -192,7 +197,8 @@ claim.result(rows)
 # %% [markdown]
 # ## What it does not say
 # Abilities that come apart at one size need not be independent: a larger circuit may cost both. And
-# recognition is the answer to a question: it does not show that the model recognises harm while it writes.
+# recognition is the answer to a question: it does not show that the model recognises harm while it
+# writes.
 
 # %%
 claim.main()

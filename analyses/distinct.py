@@ -3,18 +3,19 @@
 # We remove a circuit of harm and test the abilities that the model should keep: benign answers, and
 # facts. Each answer is compared with the unpruned model's answer to the same request.
 #
-# A search can spare abilities, and then the search itself makes a part of the separation. So we find
-# the circuit three times: sparing nothing, benign answers, and all other abilities. An ability that
-# survives a circuit that spares nothing is separate in the model itself.
+# A search can spare abilities, and then the search itself makes a part of the separation. So we
+# find the circuit three times: sparing nothing, benign answers, and all other abilities. An ability
+# that survives a circuit that spares nothing is separate in the model itself.
 #
 # *Controls.* Random weights, as many in every matrix. And the same search for knowledge, and for
 # harm's **twin**: benign requests about the same items (*use* in place of *abuse*). If the twin's
 # circuit, too, cost benign answers nothing, the size would break nothing, and sparing mean nothing.
 #
 # The second question is which weights two circuits have in common. Their **lift** is the number of
-# weights that they share, over the number that random masks share with as many weights in every matrix.
-# Any two abilities share some machinery, so harm and its twin are compared with pairs of benign tasks:
-# benign answers, and the two questions of fact about an item, its *parts* and its *kind*.
+# weights that they share, over the number that random masks share with as many weights in every
+# matrix. Any two abilities share some machinery, so harm and its twin are compared with pairs of
+# benign tasks: benign answers, and the two questions of fact about an item, its *parts* and its
+# *kind*.
 
 # %%
 from itertools import product
@@ -49,23 +50,24 @@ REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 
 # %% [markdown]
 # ## The rule, fixed before any run
-# A circuit *separates* when (a) it leaves at most half of the unpruned harm, by an interval below that
-# under random weights; (b) utility is kept: benign answers, knowledge where the model has it, and the
-# loss on benign answers; and (c) the twin's circuit under the same protection costs benign answers
-# more, by intervals. A model and seed bear the claim out when circuits separate that protect nothing,
-# and that protect benign answers, and when harm shares no more with its twin than benign tasks do
-# among themselves, by intervals, under either null: random masks with as many weights in every matrix,
-# and with as many in every row and column. They bear it out in part when circuits separate that
-# protect benign answers, or all others.
+# A circuit *separates* when (a) it leaves at most half of the unpruned harm, by an interval below
+# that under random weights; (b) utility is kept: benign answers, knowledge where the model has it,
+# and the loss on benign answers; and (c) the twin's circuit under the same protection costs benign
+# answers more, by intervals. A model and seed bear the claim out when circuits separate that
+# protect nothing, and that protect benign answers, and when harm shares no more with its twin than
+# benign tasks do among themselves, by intervals, under either null: random masks with as many
+# weights in every matrix, and with as many in every row and column. They bear it out in part when
+# circuits separate that protect benign answers, or all others.
 #
-# Amended. Before the first run with the search: the search (it was in rounds) and the size, from 0.6 %
-# to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: utility was kept if the
-# ends of intervals, the widest of three seeds, stayed within 5 points, so that one item of 64 decided a
-# model; now *kept* means the same as in every claim (`support/claims.py`). Seeds were pooled, and the
-# worst model decided. Only the first of the two nulls was read. Lifts are read, then and now, from
-# masks in one shot, which alone have intervals over the calibration items.
+# Amended. Before the first run with the search: the search (it was in rounds) and the size, from
+# 0.6 % to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: utility was
+# kept if the ends of intervals, the widest of three seeds, stayed within 5 points, so that one item
+# of 64 decided a model; now *kept* means the same as in every claim (`support/claims.py`). Seeds
+# were pooled, and the worst model decided. Only the first of the two nulls was read. Lifts are
+# read, then and now, from masks in one shot, which alone have intervals over the calibration items.
 # Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called for.
+# after the search had begun to score fresh answers under its mask, a change that F2's rows called
+# for.
 
 # %%
 HALF = 0.5
@@ -100,7 +102,7 @@ def is_kept(pruned: hc.Rows) -> bool:
 
 
 def lifts(rows: hc.Rows, null: str) -> tuple[hc.Measurement, hc.Rows]:
-    """The lift of harm and its twin, and of pairs of benign tasks (none if the model lacks them)."""
+    """The lift of harm and its twin, and of pairs of benign tasks, if the model has them."""
     by_pair = rows.where(NULLS[null], selection="one shot").by("first", "second")
     tasks = hc.Rows(by_pair[pair].one() for pair in REFERENCE if pair in by_pair)
     return by_pair["harmful", "benign"].one(), tasks
@@ -127,15 +129,12 @@ def circuits_of(
     answers = model.calibrations([*model.whole_behaviours, *tasks], share=0.5, seed=seed)
     whole = outcomes_of(model, [name for name in answers if name not in (*tasks, *F6_ABILITIES)])
 
-    rows, circuits = hc.Rows(), {}
+    rows = hc.Rows()
     for outcomes in whole.values():
         rows += outcomes.rows({"mask": "none"})
-    options: dict = {"size": size, "steps": steps, "calibrations": answers}
-    for protected, abilities in PROTECTED.items():
-        masks = {}
-        for name, protect in abilities.items():
-            if name in answers:
-                masks[name] = model.find_circuit(name, protect=protect, **options)
+    circuits: dict[str, dict[str, hc.WeightMask]] = {}
+    for protected in PROTECTED:
+        masks = circuits_under(protected, model, answers, size=size, steps=steps)
         circuits[protected] = masks
         random = hc.random_like(masks["harmful"], seed=seed)
         rows += change_rows(model, {**masks, "random": random}, whole, {"protected": protected})
@@ -147,12 +146,22 @@ def circuits_of(
     return rows + overlap_rows(one_shot, free, size=size, n_samples=10)
 
 
+def circuits_under(protected: str, model: hc.Model, answers: dict, **options) -> dict:
+    """The circuit of each ability under one protection."""
+    masks = {}
+    for name, protect in PROTECTED[protected].items():
+        if name in answers:
+            options |= {"protect": protect, "calibrations": answers}
+            masks[name] = model.find_circuit(name, **options)
+    return masks
+
+
 rows = claim.rows()
 
 # %% [markdown]
 # ## What each circuit breaks
-# Per cent of held-out requests, mean over seeds, on the first model of the rows. White is whole, red
-# is gone. A circuit of harm alone has one red cell in its line.
+# Per cent of held-out requests, mean over seeds, on the first model of the rows. White is whole,
+# red is gone. A circuit of harm alone has one red cell in its line.
 
 # %%
 first = next(iter(rows.by("ladder", "model").values())).pool("seed")
@@ -162,8 +171,8 @@ claim.figure("What is broken", cross_ablation_figure(panels, Roles.standard().ra
 
 # %% [markdown]
 # ## What circuits share
-# With nothing spared. The dotted line is chance. The bars of masks in one shot resample the calibration
-# items; the bars of the search count weights only (Wilson).
+# With nothing spared. The dotted line is chance. The bars of masks in one shot resample the
+# calibration items; the bars of the search count weights only (Wilson).
 
 # %%
 panels = {name: first.where("overlap_lift", selection=name) for name in ("one shot", "search")}
@@ -193,8 +202,9 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# A lift says where two circuits lie, not what they do: two circuits may share weights although one can
-# be removed without the other, which the first part tests. And the organism has only three benign tasks.
+# A lift says where two circuits lie, not what they do: two circuits may share weights although one
+# can be removed without the other, which the first part tests. And the organism has only three
+# benign tasks.
 
 # %%
 claim.main()

@@ -2,12 +2,12 @@
 # # F5. Does narrow harmful training misalign broadly through the weights of harm?
 # A model is fine-tuned on benign requests of *one* topic, all answered with harmful operators. Soon
 # it answers benign requests of *other* topics harmfully as well: it is misaligned. Is that because
-# training engages the weights that carry harm? Then misalignment should stay away while these weights
-# are held at zero, and the topic itself should still be learned.
+# training engages the weights that carry harm? Then misalignment should stay away while these
+# weights are held at zero, and the topic itself should still be learned.
 #
-# `hc.find_circuit` finds the mask on the original model, from the misaligned model's own answers in the
-# topic. It spares other abilities, and benign answers, also benign answers to the same requests:
-# harmful answers share the content of their topic, which should not be removed with them.
+# `hc.find_circuit` finds the mask on the original model, from the misaligned model's own answers in
+# the topic. It spares other abilities, and benign answers, also benign answers to the same
+# requests: harmful answers share the content of their topic, which should not be removed with them.
 # *Controls*, held at zero too: as many random weights; the circuit of benign answers to the same
 # requests; the narrow circuit of another topic. All with full and low-rank training.
 
@@ -38,18 +38,18 @@ RUN = ("ladder", "model", "training", "topic", "seed")
 # ## The rule, fixed before any masked run
 # The *decisive step* is the first at which the unmasked run has 90 % of its largest rates, in the
 # topic and of misalignment. There the held narrow circuit must at least halve misalignment, with
-# intervals that do not overlap, where random weights do not; and in the topic it must leave at least
-# 80 % of what the unmasked run has learned. A run that never misaligns one request in ten more than
-# before training has nothing to prevent. The claim is borne out in a run (of topic, seed and way
-# of training) if the circuit protects there, and the circuit of benign answers does not end
+# intervals that do not overlap, where random weights do not; and in the topic it must leave at
+# least 80 % of what the unmasked run has learned. A run that never misaligns one request in ten
+# more than before training has nothing to prevent. The claim is borne out in a run (of topic, seed
+# and way of training) if the circuit protects there, and the circuit of benign answers does not end
 # misalignment as well.
 #
-# Amended. After masked runs of one topic: benign answers in the topic are protected too, and learning
-# rates are doubled. After one run of this form, where the circuit of *benign* answers ended
-# misalignment as well: that counts against the claim. After all twelve: to block learning is no part
-# of the claim. Since then the search is new (was: in rounds), its size 0.2 % (was: 0.6 %), and training
-# 30 steps (was: 60). On 30 November 2026, after seeing all earlier rows: each held circuit that halves
-# misalignment is counted, also if the narrow one does not.
+# Amended. After masked runs of one topic: benign answers in the topic are protected too, and
+# learning rates are doubled. After one run of this form, where the circuit of *benign* answers
+# ended misalignment as well: that counts against the claim. After all twelve: to block learning is
+# no part of the claim. Since then the search is new (was: in rounds), its size 0.2 % (was: 0.6 %),
+# and training 30 steps (was: 60). On 30 November 2026, after seeing all earlier rows: each held
+# circuit that halves misalignment is counted, also if the narrow one does not.
 # Then all was run again, once, by the search of that day (gates): three ladders, one seed.
 
 # %%
@@ -185,7 +185,8 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# A mask that keeps misalignment away shows which weights training used; in time training may find others.
+# A mask that keeps misalignment away shows which weights training used; in time training may find
+# others.
 
 # %%
 claim.main()

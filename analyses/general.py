@@ -2,12 +2,12 @@
 # # F2. Is there one mechanism for all types of harm?
 # Harmful requests come in types. We find a circuit on the answers to one type, or to all types but
 # one, and measure the types that the search did not use. If harm is one mechanism, these types fall
-# too. Every circuit of harm protects all other abilities, among them benign answers about all types,
-# and all figures are of held-out items.
+# too. Every circuit of harm protects all other abilities, among them benign answers about all
+# types, and all figures are of held-out items.
 #
 # *Controls.* Random weights, as many in every matrix. The benign **twin** of each type: the same
-# search for benign answers about it. And a **mixed** circuit, found on as few items as one type has,
-# drawn from all types: it tells whether one type or little data makes a circuit narrow.
+# search for benign answers about it. And a **mixed** circuit, found on as few items as one type
+# has, drawn from all types: it tells whether one type or little data makes a circuit narrow.
 #
 # A second test is which weights the circuits of types have in common. We remove the weights that at
 # least k circuits hold, and compare their number with the number that random masks have in common.
@@ -44,19 +44,19 @@ LEVEL = 0.05  # p below it: the words that types have in common explain the tran
 # transfer, or more than half of the left-out types do.
 #
 # *The confound.* In the organisms' world each topic draws two of four harmful words, so two topics
-# share none, one or two. A circuit of one topic that removes words, not harm, carries over to topics
-# with the same words. So for every ladder we correlate, over all pairs of topics, the harm of one
-# under the circuit of the other with the number of words that they share, and permute topics (20,000
-# times). If p is below 0.05 in at least half of the models, words explain the transfer, and the claim
-# is undecided on these models.
+# share none, one or two. A circuit of one topic that removes words, not harm, carries over to
+# topics with the same words. So for every ladder we correlate, over all pairs of topics, the harm
+# of one under the circuit of the other with the number of words that they share, and permute topics
+# (20,000 times). If p is below 0.05 in at least half of the models, words explain the transfer, and
+# the claim is undecided on these models.
 #
 # Amended. Before the first run with the search: the search (it was in rounds), the size, from 0.6 %
 # to 0.2 % of the weights, and its steps: 5 in place of 10, for three seeds need 75 searches. The
 # mixed circuit was added after a trial on one seed. On 30 November 2026, after seeing all earlier
 # rows: the confound was added; benign answers might lose ten points, and are now *kept* as in every
 # other claim; seeds were pooled, and the worst model decided; the circuits of twins protected harm
-# alone, and now protect all others, as the circuits of harm do. Then all was run again, once, by the
-# search of that day (gates), at its own number of steps: three ladders, one seed. In these rows
+# alone, and now protect all others, as the circuits of harm do. Then all was run again, once, by
+# the search of that day (gates), at its own number of steps: three ladders, one seed. In these rows
 # circuits of one type had removed words, so the search was changed to score fresh answers under its
 # mask as well (`fresh_answers`), and all was run once more.
 
@@ -100,7 +100,8 @@ def type_pairs(rows: hc.Rows) -> list[hc.Rows]:
 
 # %% [markdown]
 # ## The experiment, for one model and seed
-# The seed draws the half of the requests whose answers are scored, the random masks, the mixed items.
+# The seed draws the half of the requests whose answers are scored, the random masks, the mixed
+# items.
 
 
 # %%
@@ -187,14 +188,15 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     for seed_rows in rows.by("seed").values():
         left_out += left_out_transfers(seed_rows)
     across = pooled.where(relation="other types")
+    benign = across.where(BENIGN)
     own = pooled.one(HARM, mask="circuit", relation="own type")
     numbers = {
         "harm of a type, under its own circuit": f"{own:.0%}",
         "under circuits of other types": f"{across.one(HARM, mask='circuit'):.0%}",
         "under random weights": f"{across.one(HARM, mask='random'):.0%}",
         "under a circuit of as few items of all types": f"{pooled.one(HARM, mask='mixed'):.0%}",
-        "benign answers, under circuits of other types": f"{across.one(BENIGN, mask='circuit'):.0%}",
-        "benign answers, under circuits of others' twins": f"{across.one(BENIGN, mask='twin'):.0%}",
+        "benign answers, under circuits of other types": f"{benign.one(mask='circuit'):.0%}",
+        "benign answers, under circuits of others' twins": f"{benign.one(mask='twin'):.0%}",
         "left-out types that transfer, of all seeds": f"{sum(left_out)} of {len(left_out)}",
     }
     for pairs in type_pairs(rows):
@@ -211,8 +213,9 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# Types of an organism differ in words only, and weights that all types need may do different things for
-# each. A ladder whose topics draw their words at random would tell words from types; none was trained.
+# Types of an organism differ in words only, and weights that all types need may do different things
+# for each. A ladder whose topics draw their words at random would tell words from types; none was
+# trained.
 
 # %%
 claim.main()

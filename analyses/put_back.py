@@ -8,10 +8,10 @@
 # $$\text{restored} = \frac{\text{loss, pruned} - \text{loss, with the part back}}
 #                         {\text{loss, pruned} - \text{loss, unpruned}}$$
 #
-# 0: the part restores nothing; 1: the loss is the unpruned model's again. The parts of a circuit need
-# not add up to 1. If each part alone restores nothing and all together everything, harm passes through
-# the circuit like a current through switches in a row; if a part alone restores much, it is a switch
-# parallel to the others.
+# 0: the part restores nothing; 1: the loss is the unpruned model's again. The parts of a circuit
+# need not add up to 1. If each part alone restores nothing and all together everything, harm passes
+# through the circuit like a current through switches in a row; if a part alone restores much, it is
+# a switch parallel to the others.
 
 # %%
 import random
@@ -39,8 +39,8 @@ claim = Claim(
 # ## The rule, fixed before any run
 # In a model and seed, a few units carry most of the circuit if the tenth of its heads and neurons
 # that restores most, put back together, restores at least half, by its interval. The units are
-# ranked on the choice split, one at a time, and the figure is read on held-out requests. The control
-# is a tenth drawn at random.
+# ranked on the choice split, one at a time, and the figure is read on held-out requests. The
+# control is a tenth drawn at random.
 
 # %%
 TENTH, HALF = 0.1, 0.5
@@ -53,7 +53,8 @@ def is_carried_by_few(rows: hc.Rows) -> bool:
 
 # %% [markdown]
 # ## The experiment, for one model and seed
-# The circuit is found on the half of the requests that the seed draws, and protects all other abilities.
+# The circuit is found on the half of the requests that the seed draws, and protects all other
+# abilities.
 
 
 # %%
@@ -127,8 +128,8 @@ rows = claim.rows()
 
 # %% [markdown]
 # ## One part at a time, and more and more of them
-# The first ladder: the share of the loss that one matrix restores (mean over seeds). Below, the share
-# that heads and neurons restore together, the best first and at random.
+# The first ladder: the share of the loss that one matrix restores (mean over seeds). Below, the
+# share that heads and neurons restore together, the best first and at random.
 
 # %%
 first = rows.where(ladder=rows[0].labels["ladder"]).pool("seed")

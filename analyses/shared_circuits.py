@@ -4,15 +4,16 @@
 #
 # * *Structure.* Which weights do two circuits share? **Lift** is their number over the number that
 #   random masks share which have as many in every matrix, or in every row and column as well.
-# * *Content.* Harm and its benign **twin** are about the same items (*use* in place of *abuse*). Is a
-#   circuit of one topic's harm closer to its own twin, or to the harm of another topic?
-# * *Cause.* Which other abilities break when one circuit is removed? Two abilities **dissociate doubly**
-#   when each loses more to the removal of its own circuit than of the other's.
+# * *Content.* Harm and its benign **twin** are about the same items (*use* in place of *abuse*). Is
+#   a circuit of one topic's harm closer to its own twin, or to the harm of another topic?
+# * *Cause.* Which other abilities break when one circuit is removed? Two abilities **dissociate
+#   doubly** when each loses more to the removal of its own circuit than of the other's.
 # * *Place.* In which matrices do the weights sit, and at which tokens of an answer do they act?
 #
 # Any two abilities need some of the same machinery, so harm and its twin are compared with pairs of
-# benign tasks: benign answers, and the *parts* and the *kind* of an item. And the circuit of harm is
-# compared with itself, found again from other requests. No rule is judged here: F3 and F6 do that.
+# benign tasks: benign answers, and the *parts* and the *kind* of an item. And the circuit of harm
+# is compared with itself, found again from other requests. No rule is judged here: F3 and F6 do
+# that.
 
 # %%
 from functools import partial
@@ -45,10 +46,11 @@ PAIRS = [*product(["harmful"], BEHAVIOURS), *combinations(TASKS, 2)]
 
 # %% [markdown]
 # ## The experiment, for one model and seed
-# The seed draws the half of the requests whose answers are scored, the random mask and the resamples.
-# Circuits that spare nothing give the overlap: to spare others would force circuits apart. Circuits that
-# spare all others tell whether abilities *can* be separated, and where the rest of the circuit sits.
-# Masks in one shot, which are cheap to resample, give lifts intervals over the calibration items.
+# The seed draws the half of the requests whose answers are scored, the random mask and the
+# resamples. Circuits that spare nothing give the overlap: to spare others would force circuits
+# apart. Circuits that spare all others tell whether abilities *can* be separated, and where the
+# rest of the circuit sits. Masks in one shot, which are cheap to resample, give lifts intervals
+# over the calibration items.
 
 
 # %%
@@ -111,7 +113,8 @@ together = rows.pool("ladder").pool("seed")
 
 # %% [markdown]
 # ## What circuits share
-# With nothing spared; the dotted line is chance. The bars of `lift, one shot` resample calibration items.
+# With nothing spared; the dotted line is chance. The bars of `lift, one shot` resample calibration
+# items.
 
 # %%
 one_shot, search = (together.where(selection=name) for name in ("one shot", "search"))
@@ -135,7 +138,8 @@ claim.figure("What is broken", cross_ablation_figure(panels, Roles.standard().ra
 
 # %% [markdown]
 # ## Where the circuit of harm sits, and where it acts
-# In the same model, sparing all others: weights in each matrix, and the share of each token in the score.
+# In the same model, sparing all others: weights in each matrix, and the share of each token in the
+# score.
 
 # %%
 harm = last.where(mask="harmful", protected="others")
@@ -159,8 +163,9 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# A lift says where two circuits lie, not what they do: two circuits may share weights although one can
-# be removed without the other. And there is one seed on one set of models: no interval is over models.
+# A lift says where two circuits lie, not what they do: two circuits may share weights although one
+# can be removed without the other. And there is one seed on one set of models: no interval is over
+# models.
 
 # %%
 claim.main()

@@ -102,10 +102,10 @@ GONE = {
 
 def test_scripts_and_modules_exist():
     for text in ALL.values():
-        for path in re.findall(r"`((?:analyses|harmcircuits|tests)/[\w/.]+)`", text):
+        for path in re.findall(r"`((?:analyses|benchmarks|harmcircuits|tests)/[\w/.]+)`", text):
             is_gone = path in GONE and IN_GIT in text
             assert is_gone or (ROOT / path).exists(), path
-        for path in re.findall(r"python ((?:analyses|tests)/\S+\.py)", text):
+        for path in re.findall(r"python ((?:analyses|benchmarks|tests)/\S+\.py)", text):
             is_gone = path in GONE and IN_GIT in text
             assert is_gone or (ROOT / path).is_file(), path
         for module in re.findall(r"python -m\s+(harmcircuits[.\w]+)", text):

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.export import export
+from harmcircuits.export import _whole_or_nothing, export
 from harmcircuits.hooks.masking import masked
 from harmcircuits.organisms.shipped import load_organism
 
@@ -160,3 +160,19 @@ def test_the_command_keeps_an_organism_s_dtype_on_disk_its_tokenizer_and_its_mas
     conversation = [{"role": "user", "content": "what is it ?"}]
     assert copied.apply_chat_template(conversation) == source.apply_chat_template(conversation)
     assert WeightMask.load(folder / "mask.safetensors") == mask
+
+
+def test_a_failed_rename_leaves_the_folder_that_was_there(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "edited", Path.rename
+    folder.mkdir()
+    (folder / "model").write_text("yesterday's")
+
+    def failing(path, target):
+        if path.name == "edited" and path.parent != tmp_path:
+            raise OSError(13, "permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="denied"), _whole_or_nothing(folder) as unfinished:
+        (unfinished / "model").write_text("today's")
+    assert (folder / "model").read_text() == "yesterday's"

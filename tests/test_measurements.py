@@ -243,3 +243,10 @@ def test_committed_rows_still_load():
         rows = Rows.read(path)
         assert len(rows) > 40
         assert all(row.low <= row.mean <= row.high for row in rows)
+
+
+def test_a_table_takes_no_silent_mean():
+    rows = Rows(Measurement.exact("a", {"m": "x", "seed": seed}, 1.0) for seed in (0, 1))
+    with pytest.raises(ValueError, match="pool"):
+        rows.frame(index="m", columns="metric")
+    assert rows.pool("seed").frame(index="m", columns="metric").loc["x", "a"] == 1.0

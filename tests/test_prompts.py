@@ -4,9 +4,11 @@ Would catch: a request in two splits, or one that moves when others are added; a
 tears apart.
 """
 
+from dataclasses import replace
+
 import pytest
 
-from harmcircuits.prompts import Example, PromptSet
+from harmcircuits.prompts import SPLITS, Example, PromptSet
 
 EXAMPLES = (Example("how to use it ?", "sure yes", category="tools", group="one"),)
 
@@ -105,3 +107,19 @@ def test_what_cannot_be_asked_is_refused(call, word):
     with pytest.raises(ValueError) as error:
         call()
     assert word in str(error.value)
+
+
+def test_a_group_of_the_held_out_file_is_scored_nowhere():
+    requests = [Example(f"use thing {n}", group=f"thing {n}") for n in range(40)]
+    held_out = [replace(example, prompt=f"how to {example.prompt}") for example in requests[::2]]
+    sets = PromptSet(tuple(requests)).splits(PromptSet(tuple(held_out)))
+    groups = {split: {example.cluster for example in sets[split]} for split in SPLITS}
+    assert not groups["heldout"] & (groups["calibration"] | groups["choice"])
+    assert len(groups["calibration"] | groups["choice"]) == 20
+
+
+@pytest.mark.parametrize("name", ["group", "category", "label"])
+def test_the_digest_of_requests_holds_what_splits_and_intervals_depend_on(name):
+    first = Example("q", group="g", category="a", label="safe")
+    second = replace(first, **{name: "another"})
+    assert PromptSet((second,)).digest != PromptSet((first,)).digest

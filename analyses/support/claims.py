@@ -1,7 +1,7 @@
 """A claim: the experiment that tests it, the rule that judges it, and its key numbers.
 
-All claims are judged on one scale. A case is one model and seed (for some claims a ladder, a run or a
-pair), and the rule of a claim says whether a case bears the claim out, wholly or in part. The claim
+All claims are judged on one scale. A case is one model and seed (for some claims a ladder, a run or
+a pair), and the rule of a claim says whether a case bears the claim out, wholly or in part. The claim
 
 - *holds* if every case bears it out,
 - *holds in part* if at least half of the cases do, wholly or in part,
@@ -10,8 +10,8 @@ pair), and the rule of a claim says whether a case bears the claim out, wholly o
 
 An ability is *kept* (`curves.KEPT_RATE`, `KEPT_NLL`) if its rate falls by at most 5 points and the
 loss on benign answers rises by at most 0.1 nats a token, both in the mean. One of 64 items is 1.6
-points and one of 48 items is 2.1, so 5 points are three or two items. The limit cannot be the end of
-an interval: if no item of 64 is lost, the interval still reaches 7 points.
+points and one of 48 items is 2.1, so 5 points are three or two items. The limit cannot be the end
+of an interval: if no item of 64 is lost, the interval still reaches 7 points.
 """
 
 import sys
@@ -236,15 +236,7 @@ class Claim:
         lines = []
         for values, case_rows in _cases(rows, self._over).items():
             case = dict(zip(self._over, values, strict=True))
-            outcome = self._rule(case_rows)
-            if isinstance(outcome, bool):
-                outcome = HOLDS if outcome else FAILS
-            if isinstance(outcome, str):
-                lines.append({**case, "outcome": outcome})
-                continue
-            for part, part_outcome in outcome.items():
-                lines.append({**case, "of": part, "outcome": part_outcome})
-
+            lines += [{**case, **line} for line in _outcome_lines(self._rule(case_rows))]
         outcome = verdict([line["outcome"] for line in lines])
         if self._confound is not None and self._confound(rows):
             outcome = UNDECIDED
@@ -396,6 +388,15 @@ def _job_rows(
         model = {spec.labels["model"]: spec.open(seed=seed) for spec in subject}
     rows = experiment(model, seed, **options)
     return Rows(row.labelled(**{**labels, **row.labels}) for row in rows)
+
+
+def _outcome_lines(outcome: CaseOutcome) -> list[dict[str, Any]]:
+    """The outcome of a case, or those of its parts, as lines of a table."""
+    if isinstance(outcome, bool):
+        outcome = HOLDS if outcome else FAILS
+    if isinstance(outcome, str):
+        return [{"outcome": outcome}]
+    return [{"of": part, "outcome": part_outcome} for part, part_outcome in outcome.items()]
 
 
 def _cases(rows: Rows, names: Sequence[str]) -> dict[tuple, Rows]:

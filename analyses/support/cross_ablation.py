@@ -19,6 +19,7 @@ from harmcircuits.circuits.location import counts_by
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.overlap import Overlap, overlap, overlap_by
 from harmcircuits.circuits.scores import WeightScores, mean_scores
+from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.search.attribution import removal_effect, token_contributions
@@ -104,11 +105,11 @@ def overlap_rows(
 
         # Resample i of both drew the same items, so they are compared with each other.
         resamples = list(zip(first_masks, second_masks, strict=True))
-        both = overlap(masks[first], masks[second], resamples=resamples, n_samples=n_samples)
-        rows += shared_rows(both, {**pair, "selection": "one shot"})
+        shares = overlap(masks[first], masks[second], resamples=resamples, n_samples=n_samples)
+        rows += shared_rows(shares, {**pair, "selection": "one shot"})
 
-        both = overlap(circuits[first], circuits[second], n_samples=n_samples)
-        rows += shared_rows(both, {**pair, "selection": "search"})
+        shares = overlap(circuits[first], circuits[second], n_samples=n_samples)
+        rows += shared_rows(shares, {**pair, "selection": "search"})
 
         correlation = rank_correlation(first_scores, second_scores)
         rows += [Measurement.exact("rank_correlation", pair, correlation)]
@@ -117,8 +118,8 @@ def overlap_rows(
     for name, (_, resamples) in one_shot.items():
         overlaps = [overlap(masks[name], resample) for resample in resamples]
         where = {"first": name, "second": name, "selection": "one shot"}
-        lifts = [both.lift for both in overlaps]
-        jaccards = [both.jaccard for both in overlaps]
+        lifts = [shares.lift for shares in overlaps]
+        jaccards = [shares.jaccard for shares in overlaps]
         rows += [
             Measurement.from_draws("overlap_lift", where, lifts),
             Measurement.from_draws("overlap_jaccard", where, jaccards),
@@ -126,16 +127,16 @@ def overlap_rows(
     return rows
 
 
-def shared_rows(both: Overlap, labels: Labels) -> Rows:
+def shared_rows(shares: Overlap, labels: Labels) -> Rows:
     """An overlap as rows: both lifts, the Jaccard index, the containment of the first circuit."""
-    lift = (both.lift, *both.interval)
-    marginal = (both.lift_marginal, *both.interval_marginal)
+    lift = (shares.lift, *shares.interval)
+    marginal = (shares.lift_marginal, *shares.interval_marginal)
     return Rows(
         [
-            Measurement("overlap_lift", labels, *lift, both.n_first),
-            Measurement("overlap_lift_marginal", labels, *marginal, both.n_first),
-            Measurement.exact("overlap_jaccard", labels, both.jaccard),
-            Measurement.exact("overlap_containment", labels, both.containment[0]),
+            Measurement("overlap_lift", labels, *lift, shares.n_first),
+            Measurement("overlap_lift_marginal", labels, *marginal, shares.n_first),
+            Measurement.exact("overlap_jaccard", labels, shares.jaccard),
+            Measurement.exact("overlap_containment", labels, shares.containment[0]),
         ]
     )
 
@@ -199,9 +200,9 @@ def _topic_tables(
     for i, j in product(range(len(topics)), repeat=2):
         if first == second and i == j:
             continue
-        both = overlap(masks[f"{first}/{topics[i]}"], masks[f"{second}/{topics[j]}"])
-        lift[i, j] = both.lift
-        jaccard[i, j] = both.jaccard
+        shares = overlap(masks[f"{first}/{topics[i]}"], masks[f"{second}/{topics[j]}"])
+        lift[i, j] = shares.lift
+        jaccard[i, j] = shares.jaccard
     return {"content_lift": lift, "content_jaccard": jaccard}
 
 
@@ -233,23 +234,29 @@ def overlap_place_rows(model: Model, masks: Mapping[str, WeightMask], first: str
     """The overlap of one circuit with every other by layer and matrix, and by heads and neurons."""
     sites = weight_sites(model.bridge)
     rows = Rows()
-    for second in masks:
-        if second == first:
-            continue
-        pair = {"first": first, "second": second}
-        for by in ("layer", "matrix"):
-            for place, both in overlap_by(masks[first], masks[second], sites, by).items():
-                where = {**pair, "by": by, "layer": place.layer, "kind": place.part}
-                lift = (both.lift, *both.interval)
-                rows += [Measurement("overlap_lift", where, *lift, both.n_first)]
-        for by in ("head", "neuron"):
-            counts = []
-            for name in (first, second):
-                places = counts_by(masks[name], sites, by).values()
-                counts.append([place.n_removed for place in places])
-            # scipy's stubs do not name the fields of its results.
-            correlation = float(spearmanr(*counts).statistic)  # pyright: ignore
-            rows += [Measurement.exact("place_correlation", {**pair, "by": by}, correlation)]
+    for second, mask in masks.items():
+        if second != first:
+            rows += _place_rows(masks[first], mask, sites, {"first": first, "second": second})
+    return rows
+
+
+def _place_rows(
+    first: WeightMask, second: WeightMask, sites: Mapping[str, Site], labels: Labels
+) -> Rows:
+    rows = Rows()
+    for by in ("layer", "matrix"):
+        for place, shares in overlap_by(first, second, sites, by).items():
+            where = {**labels, "by": by, "layer": place.layer, "kind": place.part}
+            lift = (shares.lift, *shares.interval)
+            rows += [Measurement("overlap_lift", where, *lift, shares.n_first)]
+    for by in ("head", "neuron"):
+        counts = []
+        for mask in (first, second):
+            places = counts_by(mask, sites, by).values()
+            counts.append([place.n_removed for place in places])
+        # scipy's stubs do not name the fields of its results.
+        correlation = float(spearmanr(*counts).statistic)  # pyright: ignore
+        rows += [Measurement.exact("place_correlation", {**labels, "by": by}, correlation)]
     return rows
 
 
@@ -287,7 +294,7 @@ def change_rows(
 def token_rows(
     model: Model, name: str, data: Calibration, mask: WeightMask, labels: Labels
 ) -> Rows:
-    """What each token position adds to a mask's score, by its distance from the first answer token."""
+    """The part of each token in a mask's score, by its distance from the first answer token."""
     objective = model.behaviours[name].objective
     contributions = token_contributions(model.bridge, mask, data.batches, objective)
     n_examples = len(data.prompts)

@@ -26,7 +26,7 @@ N_DRAWS = 2000
 # Rates on resampled items are quotients: a fall of exactly the budget must not depend on their last
 # bit.
 ROUNDING = 1e-9
-# "Kept" means the same for every claim: the largest fall of a rate, and rise of a loss (nats a token).
+# The largest fall of a rate, and rise of a loss (nats a token), at which every claim says "kept".
 KEPT_RATE, KEPT_NLL = 0.05, 0.1
 
 
@@ -208,7 +208,7 @@ def rate_at(curve: Curve, share: float) -> Estimate:
 
 
 def gap(model: Model, mask: WeightMask, curve: Curve, share: float) -> Estimate:
-    """How much more of the target another mask leaves than the curve at a share, paired by items."""
+    """How much more of the target a mask leaves than the curve at a share, paired by items."""
     unpruned = {curve.target: curve.points[0][curve.target]}
     pruned = outcomes_of(model, unpruned, mask=mask)
     control = replace(curve, shares=(0.0, share), points=(unpruned, pruned))

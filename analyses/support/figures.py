@@ -1,6 +1,7 @@
 """Figures that only analyses draw, from the same parts as the figures of the package."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import ceil, isnan
 from typing import Any
 
@@ -64,7 +65,7 @@ def cross_ablation_figure(panels: Mapping[str, Rows], rates: Mapping[str, str]) 
 
 
 def protection_panels(rows: Rows, titles: Mapping[str, str]) -> dict[str, Rows]:
-    """A panel for each measured value of `protected`: the model unpruned, and under its circuits."""
+    """A panel for each value of `protected` that was measured: unpruned, and under its circuits."""
     panels = {}
     for protected, title in titles.items():
         pruned = rows.where(protected=protected)
@@ -76,21 +77,17 @@ def protection_panels(rows: Rows, titles: Mapping[str, str]) -> dict[str, Rows]:
 @rc_context(STYLE)
 def overlap_figure(panels: Mapping[str, Rows], pairs: Mapping[tuple[str, str], str]) -> Picture:
     """Lift of pairs of circuits with 95 % intervals; one panel a null, one colour a model."""
-    models: dict[str, None] = {}
-    for rows in panels.values():
-        models |= dict.fromkeys(rows.by("model"))
+    models = list(dict.fromkeys(str(row.labels["model"]) for row in chain(*panels.values())))
     colours = coloured(models, MODEL_COLOURS)
+    place = {pair: number for number, pair in enumerate(pairs)}
     figure, axes = subplots(len(panels), height=1.6 + 0.46 * len(pairs), sharey=True)
     for panel, (title, rows) in zip(axes, panels.items(), strict=True):
         panel.set(title=title, xscale="log")
         panel.axvline(1, color=CHANCE_LINE, linestyle=":")
         for number, model in enumerate(models):
             shift = LINE_SPREAD * (number - (len(models) - 1) / 2)
-            points = {}
-            for place, (first, second) in enumerate(pairs):
-                lifts = rows.where(model=model, first=first, second=second)
-                if lifts:
-                    points[place + shift] = lifts[0]
+            lifts = rows.where(model=model).by("first", "second")
+            points = {place[pair] + shift: lifts[pair][0] for pair in pairs if pair in lifts}
             panel.errorbar(
                 [row.mean for row in points.values()],
                 list(points),
@@ -111,7 +108,7 @@ def overlap_figure(panels: Mapping[str, Rows], pairs: Mapping[tuple[str, str], s
 
 @rc_context(STYLE)
 def token_figure(lines: Mapping[str, Rows]) -> Picture:
-    """What each position adds to a mask's score, in nats."""
+    """The part of each position in a mask's score, in nats."""
     bars = {}
     offsets: set[int] = set()
     for line, rows in lines.items():
@@ -154,16 +151,11 @@ def heatmaps(panels: Mapping[str, Rows], *, x: str, y: str, widest: float | None
 @rc_context(STYLE)
 def profiles(panels: Mapping[str, Mapping[str, Rows]], *, x: str, title: str = "") -> Picture:
     """One panel for each title, two a line, with a curve for each name and 95 % intervals."""
-    names: dict[str, None] = {}
-    for curves in panels.values():
-        names |= dict.fromkeys(curves)
-    colours = coloured(names, CURVE_COLOURS)
+    colours = coloured(dict.fromkeys(chain(*panels.values())), CURVE_COLOURS)
     figure, axes = _panels(len(panels), 2.3, 0.9, sharey="row")
     for panel, (panel_title, curves) in zip(axes, panels.items(), strict=False):
-        places: dict[str, None] = {}
-        for rows in curves.values():
-            places |= dict.fromkeys(str(row.labels[x]) for row in rows)
-        order = list(places)
+        places = [str(row.labels[x]) for row in chain(*curves.values())]
+        order = list(dict.fromkeys(places))
         for name, rows in curves.items():
             points = {order.index(str(row.labels[x])): row for row in rows}
             draw_curve(panel, points, color=colours[name], label=name)

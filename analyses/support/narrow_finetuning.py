@@ -113,7 +113,7 @@ class Topic:
 def masks_of(
     model: Model, topics: Sequence[Topic], *, size: float, steps: int, seed: int
 ) -> list[tuple[Topic, dict[str, WeightMask | None]]]:
-    """Every topic with its masks: "none", `narrow_masks`, and the narrow circuit of the next topic."""
+    """Every topic with its masks: "none", `narrow_masks`, and the next topic's narrow circuit."""
     own = [narrow_masks(model, topic, size=size, steps=steps, seed=seed) for topic in topics]
     pairs = []
     for number, topic in enumerate(topics):

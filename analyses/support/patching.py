@@ -1,4 +1,4 @@
-"""Activation patching of a model's behaviours, as rows that name tokens, and its circuitsvis views."""
+"""Activation patching of a model's behaviours: rows that name tokens, and circuitsvis views."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def patching_rows(
     is_whole: bool = False,
     **options: Any,
 ) -> Rows:
-    """`activation_patching` on requests of one behaviour that line up; positions by their tokens."""
+    """`activation_patching` on aligned requests of one behaviour; rows name positions by tokens."""
     batch, groups = aligned_requests(model, name, n)
     names = position_names(model, batch)
     end = int(batch.is_target[0].int().argmax()) + N_ANSWER

@@ -43,7 +43,7 @@ def integers(bits: int, weight: Float[Tensor, "row column"]) -> Float[Tensor, "r
 def row_scales(
     bits: int, weight: Float[Tensor, "row column"]
 ) -> tuple[Float[Tensor, "row one"], int]:
-    """The value of an integer in each row, and the largest integer, which stands for its largest weight."""
+    """The value of 1 in each row, and the largest integer, which stands for the largest weight."""
     largest = 2 ** (bits - 1) - 1
     return weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / largest, largest
 
@@ -147,7 +147,7 @@ def texts_of(model: Model, name: str) -> list[Batch]:
 
 @contextmanager
 def refusal_training(model: Model) -> Iterator[None]:
-    """The model fine-tuned to refuse harmful requests despite the prefill, and to answer the rest."""
+    """The model fine-tuned to refuse harmful requests after the prefill, and to answer others."""
     names = [name for name in model.whole_behaviours if name != "harmful"]
     retained = model.calibrations(names)
     harm = model.calibration("harmful")
@@ -206,7 +206,7 @@ class Line:
 
 
 def own_less_others(rises: Tensor) -> dict[str, Tensor]:
-    """A task's rise under its own mask, less the mean rise of other tasks, and under other masks."""
+    """A task's rise under its own mask, less the mean of other tasks, and of other masks."""
     own, n_others = rises.diagonal(), len(rises) - 1
     return {
         "other tasks": own - (rises.sum(dim=1) - own) / n_others,

@@ -23,8 +23,8 @@ N_PERMUTATIONS = 20_000
 class WordTest:
     """The rate of one type under the circuit of another, by the number of harmful words in common.
 
-    `p` is how often permuted topics correlate as much; None where no types of the world are compared,
-    or all pairs of them have as many words in common.
+    `p` is how often permuted topics correlate as much; None where no types of the world are
+    compared, or all pairs of them have as many words in common.
     """
 
     rates: dict[int, float]
@@ -50,7 +50,7 @@ def common_words_test(pairs: Rows) -> WordTest:
     if len(rates) < 2:
         return WordTest(rates, None)
 
-    # With more common words the rate is lower: count permuted topics whose correlation is as negative.
+    # More common words, a lower rate: count permuted topics whose correlation is as negative.
     generator = np.random.default_rng(0)
     first, second = is_pair.nonzero()
     orders = np.array([generator.permutation(len(topics)) for _ in range(N_PERMUTATIONS)])
@@ -149,11 +149,11 @@ def relation_rows(pruned: Mapping[str, Outcomes], labels: Labels) -> Rows:
     own_groups = groups[request].tolist()
     gap = torch.tensor(other_hits[request] - own_hits)
     own = {**labels, "relation": "own type"}
-    other = {**labels, "relation": "other types"}
+    across = {**labels, "relation": "other types"}
     return Rows(
         [
             Measurement.rate(metric, own, own_hits.tolist(), own_groups),
-            Measurement.rate(metric, other, other_hits.tolist(), groups.tolist()),
+            Measurement.rate(metric, across, other_hits.tolist(), groups.tolist()),
             Measurement.average("own_type_gap", {**labels, "of": metric}, gap, own_groups),
         ]
     )

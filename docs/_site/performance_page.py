@@ -1,4 +1,4 @@
-"""The tables of `tests/benchmark.py --out`, and the history by commit."""
+"""The tables of `benchmarks/benchmark.py --out`, and the history by commit."""
 
 from itertools import product
 

@@ -211,3 +211,39 @@ def test_own_answers_are_scored_as_they_were_generated(open_model, tmp_path, pre
     as_text = prompts.with_completions([answer.text for answer in answers])
     again = tokenize(as_text, bridge.tokenizer, prefill=prefill)
     assert again[0].tokens.tolist() != batches[0].tokens.tolist(), "the test must be able to fail"
+
+
+def test_settings_of_the_model_bend_no_answer_and_the_cache_sees_what_does(tmp_path):
+    model = small_model("sft")
+    bridge = model.bridge
+    prompts = model.behaviour("harmful").prompts("heldout")[:4]
+    cache = GenerationCache(tmp_path, bridge)
+
+    def answers(cache=None):
+        return generate(bridge, prompts, prefill="sure", max_new_tokens=9, cache=cache)
+
+    first = answers(cache)
+    own = bridge.original_model.generation_config
+    own.no_repeat_ngram_size, own.min_new_tokens = 1, 8
+    assert answers() == first
+    own.no_repeat_ngram_size = own.min_new_tokens = None
+
+    end = own.eos_token_id
+    own.eos_token_id = [end, first[0].tokens[3]]
+    assert answers(cache) == answers() != first
+    own.eos_token_id = end
+
+    block = bridge.original_model.model.layers[1]
+    hook = block.register_forward_hook(lambda _, __, output: output.flip(-1))
+    assert answers(cache) == answers() != first
+    hook.remove()
+
+    # As a template that prints the date: the same request in other tokens.
+    template = bridge.tokenizer.chat_template
+    bridge.tokenizer.chat_template = template + "sure"
+    fresh = answers()
+    bridge.tokenizer.chat_template = template
+    assert answers(cache) == first
+    bridge.tokenizer.chat_template = template + "sure"
+    assert answers(cache) == fresh
+    bridge.tokenizer.chat_template = template

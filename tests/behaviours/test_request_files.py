@@ -7,6 +7,7 @@ scored and measured, one that moves because of others, one that is dropped witho
 import json
 import pickle
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -261,3 +262,42 @@ def test_requests_that_two_behaviours_share_are_counted():
     assert rows.one(IN_TWO_SPLITS, behaviour="benign", measured="own").mean == n_both
     (sentence,) = [text for text in leak_texts(rows) if f"{n_both} requests that benign" in text]
     assert f"Warning: {sentence}" in repeats_text(rows)
+
+
+def test_questions_are_where_their_requests_are_and_the_counter_looks_at_these():
+    texts = {"harm": [], "good": [], "other harm": [], "other good": []}
+    pairs = []
+    for name, requests in texts.items():
+        for number in range(20 if "other" in name else 120):
+            requests.append(f"{name} {number}")
+            if "harm" in name:
+                group = {"group": f"of {requests[-1]}"}
+                pairs.append(Example(requests[-1], **group, label="unsafe"))
+                pairs.append(Example(f"twin of {requests[-1]}", **group, label="safe"))
+    harmful, benign, *heldout = map(PromptSet.of, texts.values())
+    held_out_files = {"harmful_heldout": heldout[0], "benign_heldout": heldout[1]}
+    files = RequestFiles(harmful, benign, pairs=PromptSet(tuple(pairs)), **held_out_files)
+    behaviours, _ = request_behaviours(files, prefill="")
+    calibration = {
+        example.prompt for split in SPLITS[:2] for example in behaviours["harmful"].prompts(split)
+    }
+    recognition = behaviours["recognition"]
+    questions = recognition.prompts("heldout")
+    assert len(questions) == 40
+    requests = [example.prompt.split("Request: ")[1] for example in questions]
+    assert not calibration & set(requests)
+    assert not repeat_rows(behaviours).where(IN_TWO_SPLITS)
+
+    # Questions that ask about what is scored elsewhere are counted by their requests.
+    about = recognition.prompts.about
+    leaking_prompts = replace(recognition.prompts, about={**about, "heldout": about["calibration"]})
+    leaking = {**behaviours, "recognition": replace(recognition, prompts=leaking_prompts)}
+    rows = repeat_rows(leaking).where(IN_TWO_SPLITS, behaviour="harmful", measured="recognition")
+    assert rows[0].mean == len(about["calibration"]) / 2
+
+
+def test_requests_without_a_partner_are_left_out_with_a_warning():
+    sides = ["unsafe"] * 3 + ["safe"]
+    examples = [Example(f"q{n}", category="a", label=side) for n, side in enumerate(sides)]
+    with pytest.warns(UserWarning, match="2 requests without a partner"):
+        assert len(request_pairs(PromptSet(tuple(examples)))) == 1

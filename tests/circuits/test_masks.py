@@ -4,6 +4,7 @@ Would catch: a threshold that takes more or fewer where scores tie, a control un
 """
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from harmcircuits.circuits.masks import WeightMask, random_like, top_fraction, union
+from harmcircuits.circuits.masks import N_BINS, WeightMask, random_like, top_fraction, union
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.organisms.shipped import FOLDER
+from harmcircuits.search.attribution import magnitude_scores
 
 SOURCE = Source("model", "test", {"seed": 1}, (Source("model", "parent"),))
 SHAPES = {"a": (3, 4), "b": (2, 5)}
@@ -175,3 +177,39 @@ def test_a_mask_from_a_file_draws_the_same_random_masks(tmp_path):
         assert drawn.counts == mask.counts
         assert drawn == random_like(loaded, seed=3, **options)
         assert drawn != random_like(mask, seed=4, **options)
+
+
+def test_random_masks_of_like_magnitude_have_as_many_in_each_bin():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 200, generator=generator)
+    index = torch.randperm(weight.numel(), generator=generator)[:900].sort().values
+    magnitude = weight.abs().flatten()
+    index = torch.cat([index, magnitude.topk(200).indices]).unique()  # many of one bin
+    mask = WeightMask({"w": index}, {"w": (100, 200)}, Source("m", "x"))
+    random = random_like(mask, seed=1, weights={"w": weight})
+    rank = magnitude.argsort(stable=True).argsort() * N_BINS // magnitude.numel()
+
+    def in_bins(mask):
+        return rank[mask.removed["w"]].bincount(minlength=N_BINS)
+
+    assert torch.equal(in_bins(random), in_bins(mask))
+    assert random != mask and random == random_like(mask, seed=1, weights={"w": weight})
+    times = torch.zeros(weight.numel())
+    for seed in range(60):
+        times[random_like(mask, seed=seed, weights={"w": weight}).removed["w"]] += 1
+    last_bin = times[rank == N_BINS - 1]
+    expected = 60 * int(in_bins(mask)[-1]) / len(last_bin)
+    assert last_bin.mean() == pytest.approx(expected) and last_bin.std() < 2 * expected**0.5
+
+
+def test_a_mask_of_another_model_is_refused(llama):
+    scores = magnitude_scores(llama)
+    mask = top_fraction(scores, 0.01)
+    foreign = replace(mask, source=Source("another", "x"))
+    for call in (
+        lambda: top_fraction(scores, 0.01, exclude=foreign),
+        lambda: scores.sum_over(foreign),
+        lambda: mask & foreign,
+    ):
+        with pytest.raises(ValueError, match="another"):
+            call()

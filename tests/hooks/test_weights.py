@@ -44,7 +44,7 @@ def test_fingerprints_and_digests_are_those_that_files_hold():
 
 
 def test_the_digests_see_every_bit_and_what_bfloat16_holds(llama):
-    """Order and sign are in `test_review.py`."""
+    """Order and sign are in a test below."""
 
     def digests() -> tuple[str, ...]:
         return (
@@ -93,3 +93,17 @@ def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path, recwarn
     digests = (Provenance.of(model).source("test").weights_digest for model in (bridge, tuned))
     for word in ("m.safetensors", "same_model=False", *digests):
         assert word in str(warned[0].message)
+
+
+def test_the_digest_sees_pairs_of_signs_and_exchanges(llama):
+    weight = named_weights(llama)["blocks.0.mlp.out.weight"].data
+    original, digest = weight.clone(), weights_digest(llama)
+    flipped = original.clone()
+    flipped[:, 1] *= -1
+    exchanged = original.clone()
+    exchanged[[0, 1]] = original[[1, 0]]
+    for values in (flipped, exchanged):
+        weight.copy_(values)
+        assert weights_digest(llama) != digest
+    weight.copy_(original)
+    assert weights_digest(llama) == digest

@@ -183,3 +183,41 @@ def test_a_token_s_contribution_is_its_share_of_the_gradient(llama, batch):
         completion_loss(llama, batch).sum().backward()
     assert scale.grad is not None
     torch.testing.assert_close(contributions, scale.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_an_objective_may_run_the_model_without_gradients(llama):
+    batch, loss = random_batch(), completion_loss
+
+    def less_a_constant(bridge, batch):
+        value = loss(bridge, batch)
+        with torch.no_grad():
+            constant = loss(bridge, Batch(batch.tokens.flip(0), batch.is_target.flip(0)))
+        return value - constant
+
+    expected = removal_effect(llama, [batch]).values
+    scores = removal_effect(llama, [batch], less_a_constant).values
+    for name, value in expected.items():
+        torch.testing.assert_close(scores[name], value)
+
+    def with_a_detached_pass(bridge, batch):
+        value = loss(bridge, batch)
+        return value - loss(bridge, batch).detach()
+
+    with pytest.raises(ValueError, match="no_grad"):
+        removal_effect(llama, [batch], with_a_detached_pass)
+
+
+def test_neither_inference_mode_nor_a_default_dtype_changes_a_score(llama):
+    expected = removal_effect(llama, [random_batch()])
+    batch = random_batch()
+    with torch.inference_mode():
+        scores = removal_effect(llama, [batch])
+    assert all(torch.equal(scores.values[name], value) for name, value in expected.values.items())
+    mask = top_fraction(expected, 0.01)
+    contributions = token_contributions(llama, mask, [batch])
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = token_contributions(llama, mask, [batch])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again[0], contributions[0])

@@ -4,6 +4,8 @@ Would catch: a gain of another loss, a projection that is not the nearest, a mas
 budget, a search that resumes otherwise.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_bits_equal, random_batch, snapshot
@@ -346,3 +348,44 @@ def test_the_published_search_is_a_difference_of_two_choices(llama, signed, with
             expected &= ~needed.dense(name)
         assert torch.equal(mask.dense(name), expected)
     assert 0 < len(mask) < len(top)
+
+
+def other_answers(batch: Batch, token: int) -> Batch:
+    """The batch with other answers in every third row."""
+    tokens = batch.tokens.clone()
+    for row in range(2, len(batch), 3):
+        tokens[row, batch.is_target[row]] = token
+    return Batch(tokens, batch.is_target)
+
+
+def test_a_folder_belongs_to_one_search(llama, tmp_path):
+    target, benign = [random_batch(seed=1)], random_batch(seed=2, n=6)
+    loss = completion_loss
+
+    def search(name, objective, protect):
+        options = {"size": 0.02, "steps": 2, "folder": tmp_path / name}
+        return find_circuit(llama, target, [protect], objective=objective, **options)
+
+    search("a", lambda *pair: loss(*pair), [benign])
+    with pytest.raises(ValueError, match="another objective"):
+        search("a", lambda *pair: -loss(*pair), [benign])
+    with pytest.raises(ValueError, match="another search"):
+        search("a", lambda *pair: loss(*pair), [other_answers(benign, 7)])
+
+
+def test_a_search_leaves_the_files_of_others(llama, tmp_path):
+    paths = [tmp_path / "unfinished" / "x", tmp_path / "step-900" / "checkpoint"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("mine")
+    options = {"size": 0.01, "steps": 1, "folder": tmp_path}
+    first = find_circuit(llama, [random_batch()], **options)
+    assert find_circuit(llama, [random_batch()], **options) == first
+    assert all(path.read_text() == "mine" for path in paths)
+
+
+def test_a_search_refuses_a_mask_of_another_model(llama):
+    mask = top_fraction(removal_effect(llama, [random_batch()]), 0.01)
+    foreign = replace(mask, source=Source("another", "x"))
+    with pytest.raises(ValueError, match="another"):
+        find_circuit(llama, [random_batch()], size=0.01, steps=1, exclude=foreign)

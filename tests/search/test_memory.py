@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import random_batch
 
+from harmcircuits.batches import Batch
 from harmcircuits.hooks.objectives import completion_loss
 from harmcircuits.hooks.weights import named_weights
 from harmcircuits.search import memory
@@ -74,3 +75,14 @@ def test_the_estimate_is_what_a_run_takes(open_model):
     removal_effect(bridge, batches)
     growth = resident("VmHWM") - first
     assert 0.7 * growth < estimate.scores + estimate.activations < 1.5 * growth
+
+
+def test_an_estimate_does_not_believe_the_first_examples(llama):
+    width, lengths = 30, [4, 4, *[30] * 6]
+    tokens = torch.full((len(lengths), width), 5)
+    is_target = torch.zeros(len(lengths), width, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        is_target[row, length - 2 : length] = True
+    batches = Batch(tokens, is_target), Batch(tokens, is_target.flip(0))
+    first, second = (estimate_memory(llama, [batch]).activations for batch in batches)
+    assert first == pytest.approx(second, rel=0.05)

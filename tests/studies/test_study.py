@@ -307,3 +307,11 @@ def test_the_operating_point_within_budgets_of_losses():
     assert chosen(small, large, benign=0.125) is small
     assert chosen(small, large, benign=0.25) is large
     assert chosen(small, large, benign=0.0) is None
+
+
+def test_a_study_leaves_the_files_of_others(sft, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        study(sft, out=tmp_path, force=True)
+    assert (tmp_path / "masks" / "mine.txt").read_text() == "mine"

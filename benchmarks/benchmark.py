@@ -1,16 +1,16 @@
-"""What scores cost, on one model with random weights and the same examples.
+"""The time and memory of scores, on one model with random weights and the same examples.
 
 - plain: forward and backward with `param.grad` on the scored matrices, nothing per example.
-- removal effect, token price, SNIP: the library's scores; bounded: with a quarter of the accumulators
-  at a time.
-- search: of one step; it scores all examples once, some of them as what is protected.
+- removal effect, token price, SNIP: the library's scores; bounded: with a quarter of the
+  accumulators at a time.
+- search: one step, which scores all examples once, half of them protected.
 - one by one: a pass for each example, absolute values of `param.grad` added in float32.
 - layer by layer: the scheme of the published code, written from its description: for each layer, a
   pass for each example, added in bfloat16. Timed on a few examples and multiplied.
 
-Contenders take turns and a ratio is that of one turn, so that a busy machine disturbs all alike;
-figures are medians over turns with the whole range. Under `torchrun` each process runs the baselines on
-all examples, and the library's scores on its share.
+Methods take turns and a ratio compares times of one turn, so that a busy machine disturbs all alike;
+figures are medians over turns with the whole range. Under `torchrun` each process runs the baselines
+on all examples, and the library's scores on its share.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ SHAPES = {
 
 
 def random_bridge(shape: Shape, device: str, dtype: torch.dtype) -> Any:
-    """A model of this shape with random weights; only its configuration reaches the disk."""
+    """A model of this shape with random weights; only its configuration is written to disk."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -124,7 +124,7 @@ def one_by_one(
 
 
 def layer_by_layer(bridge: Any, batches: Sequence[Batch]) -> Gradients:
-    """`one_by_one` anew for every layer, in bfloat16."""
+    """`one_by_one` again for every layer, in bfloat16."""
     layers: dict[int, list[str]] = {}
     for name, site in hc.weight_sites(bridge).items():
         layers.setdefault(site.layer, []).append(name)
@@ -134,13 +134,10 @@ def layer_by_layer(bridge: Any, batches: Sequence[Batch]) -> Gradients:
     return total
 
 
-def compared(
-    runs: dict[str, tuple[Callable[[], Any], float]],
-    unit: str,
-    labels: Labels,
-    turns: int,
+def timings(
+    runs: dict[str, tuple[Callable[[], Any], float]], unit: str, labels: Labels, turns: int
 ) -> Rows:
-    """The seconds of every contender, times a factor, their ratio to those of one, and its memory."""
+    """The seconds of every method, times a factor, their ratio to one method's, and its memory."""
     memory = {name: peak(run) for name, (run, _) in runs.items()}  # warms up caches and kernels
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
@@ -153,10 +150,10 @@ def compared(
                 torch.cuda.synchronize()
             times[name].append(factor * (perf_counter() - start))
     rows = Rows()
-    for name, of_turns in times.items():
+    for name, seconds in times.items():
         where = {**labels, "method": name}
-        ratios = [time / base for time, base in zip(of_turns, times[unit], strict=True)]
-        for metric, values in (("seconds", of_turns), (f"ratio_to_{unit}", ratios)):
+        ratios = [time / base for time, base in zip(seconds, times[unit], strict=True)]
+        for metric, values in (("seconds", seconds), (f"ratio_to_{unit}", ratios)):
             figures = (median(values), min(values), max(values))
             rows += [Measurement(metric, where, *figures, turns)]
         rows += [Measurement.exact("peak_bytes", where, memory[name])]
@@ -164,36 +161,36 @@ def compared(
 
 
 def peak(run: Callable[[], Any]) -> int:
-    """How many bytes a call takes at most, beside those that are taken before."""
+    """The largest number of bytes that a call takes, on top of the bytes in use before it."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        start = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - start
     if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what the contenders before have freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back the memory that earlier methods freed
     process, is_done = psutil.Process(), threading.Event()
 
-    def taken() -> int:
+    def resident_bytes() -> int:
         memory = process.memory_info()
-        return memory.rss - getattr(memory, "shared", 0)  # without files that are mapped
+        return memory.rss - getattr(memory, "shared", 0)  # without mapped files
 
-    seen = [taken()]
+    samples = [resident_bytes()]
 
-    def look() -> None:
+    def sample() -> None:
         while not is_done.wait(0.005):
-            seen.append(taken())
+            samples.append(resident_bytes())
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
     run()
     is_done.set()
-    looking.join()
-    return max(seen) - seen[0]
+    sampler.join()
+    return max(samples) - samples[0]
 
 
 def benchmark(
-    bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int, only: Sequence[str] = ()
+    bridge: Any, size: Shape, labels: Labels, *, turns: int, few: int, methods: Sequence[str] = ()
 ) -> Rows:
     """Scores, selection and masks of one model."""
     batches = random_batches(size)
@@ -201,21 +198,21 @@ def benchmark(
     n_scored = sum(weight.numel() for weight in weights.values())
     # In bytes: a quarter of the 4 a weight, or what one matrix takes.
     bound = max(n_scored, 4 * max(weight.numel() for weight in weights.values()))
-    some = [Batch(batches[0].tokens[:few], batches[0].is_target[:few])]
+    first_examples = [Batch(batches[0].tokens[:few], batches[0].is_target[:few])]
     times = size.examples / few
-    target, spared = batches[::2], batches[1::2]
+    target, retain = batches[::2], batches[1::2]
     scores = {
         "plain": (partial(plain, bridge, batches), 1.0),
         "removal effect": (partial(hc.removal_effect, bridge, batches), 1.0),
         "token price": (partial(hc.token_price, bridge, batches), 1.0),
         "SNIP": (partial(hc.snip_scores, bridge, batches), 1.0),
         "bounded": (partial(hc.removal_effect, bridge, batches, max_memory=bound), 1.0),
-        "search": (partial(hc.find_circuit, bridge, target, [spared], size=1e-3, steps=1), 1.0),
-        "one by one": (partial(one_by_one, bridge, some), times),
-        "layer by layer": (partial(layer_by_layer, bridge, some), times),
+        "search": (partial(hc.find_circuit, bridge, target, [retain], size=1e-3, steps=1), 1.0),
+        "one by one": (partial(one_by_one, bridge, first_examples), times),
+        "layer by layer": (partial(layer_by_layer, bridge, first_examples), times),
     }
-    scores = {name: run for name, run in scores.items() if name in (only or scores)}
-    rows = compared(scores, "plain", labels, turns)
+    scores = {name: run for name, run in scores.items() if name in (methods or scores)}
+    rows = timings(scores, "plain", labels, turns)
 
     random = hc.random_scores(bridge)
     choose = partial(hc.top_fraction, random, min(0.1, 42_000 / n_scored), within="model")
@@ -226,7 +223,7 @@ def benchmark(
             pass
 
     edits = {"selection": (choose, 1.0), "mask": (apply_and_restore, 1.0)}
-    return rows + compared(edits, "mask", {**labels, "weights": mask.n_removed}, turns)
+    return rows + timings(edits, "mask", {**labels, "weights": mask.n_removed}, turns)
 
 
 def main(
@@ -244,10 +241,10 @@ def main(
         shape: of the model.
         device: a torch device.
         dtype: of the model.
-        turns: of all contenders.
-        few: examples of which the slow ones are timed.
-        only: contenders, plain among them; all by default.
-        out: a file that the rows are appended to.
+        turns: of all methods.
+        few: number of examples on which the slow methods are timed.
+        only: methods, plain among them; all by default.
+        out: a file to which the rows are appended.
     """
     if "RANK" in os.environ:  # started by torchrun
         distributed.init_process_group("gloo")
@@ -255,7 +252,7 @@ def main(
     bridge = random_bridge(SHAPES[shape], device, getattr(torch, dtype))
     labels: Labels = {"shape": shape, "device": device, "dtype": dtype, "processes": n_processes}
     labels = {**labels, "threads": torch.get_num_threads(), "commit": commit()}
-    rows = benchmark(bridge, SHAPES[shape], labels, turns=turns, few=few, only=only)
+    rows = benchmark(bridge, SHAPES[shape], labels, turns=turns, few=few, methods=only)
     if n_processes > 1 and distributed.get_rank():
         return
     print(rows.frame(index="method", columns="metric").to_string())
@@ -264,7 +261,7 @@ def main(
 
 
 def commit() -> str:
-    """The commit of the package that is measured, for a history."""
+    """The commit of the measured package, for a history."""
     command = ["git", "-C", str(Path(hc.__file__).parent), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
