@@ -23,7 +23,7 @@
 #    true sets.
 # 4. **Does a last pass help?** It removed and returned single weights by their measured effect on the
 #    calibration data, from the published difference and from the search. It lost (smaller masks, lower
-#    recall), so its code went (git keeps it, at caa40d4), and its rows stay.
+#    recall), so its code went (git keeps it, at b6a5f48), and its rows stay.
 #
 # **The rules, fixed before the run.** A score *finds* the circuit in a version if its AUROC of the
 # weights that harm needs is at least 0.95 in each organism, *in part* if 0.8 on average. A mask *removes*
@@ -44,7 +44,6 @@ from math import isnan
 
 import torch
 import tyro
-from support.bench.methods import learned_mask
 from support.compiled import VERSIONS, Truth, mask_of, truth_of, units, version_of
 from support.compiled_tables import (
     found_table,
@@ -56,6 +55,7 @@ from support.compiled_tables import (
     truth_table,
 )
 from support.jobs import Job
+from support.learned_mask import learned_mask
 from support.models import RunOptions
 from support.removal import Texts, needed_by
 from support.runs import Tables, run_analysis

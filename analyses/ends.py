@@ -44,7 +44,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from support.bench.cases import part_of
+from support.answers import part_of
 from support.jobs import Job
 from support.models import ModelSpec, RunOptions
 from support.runs import Tables, run_analysis

@@ -27,10 +27,15 @@ from contextlib import nullcontext
 from functools import partial
 
 import tyro
-from support.bench.recovery import recovery, true_circuit
-from support.bench.tables import reach_table, recovery_table, relearning_table
 from support.jobs import Job
 from support.models import ModelSpec, RunOptions
+from support.planted import (
+    reach_table,
+    recovery,
+    recovery_table,
+    relearning_table,
+    true_circuit,
+)
 from support.runs import Tables, run_analysis
 from tyro.conf import OmitArgPrefixes
 

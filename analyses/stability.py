@@ -8,8 +8,8 @@
 # the calibration items and *wholes* are disjoint (the second whole are the held-out items; its mask
 # is compared and never measured). *Same half* are the very same answers in another order, so only
 # the third on which protection is checked differs. Beside the search: *three searches*, the weights
-# that most of three such orders choose, cut to size; *rounds* (score, remove a tenth, score again);
-# and *one shot*. Rows of *neurons* are of a search by whole neurons, which lost and is gone.
+# that most of three such orders choose, cut to size. Rows of *neurons*, *rounds* and *one shot* are of
+# searches that lost; their code is in the git history at b6a5f48.
 #
 # **What is measured.** Jaccard: weights in both masks over weights in either. The same of neurons
 # and of heads, by the number of weights that a mask takes of each (the sum of the smaller over the
@@ -34,11 +34,10 @@
 from functools import partial
 
 import tyro
-from support.bench.stability import SIZES, compared, disjoint
-from support.bench.tables import effect_table, overlap_table
 from support.jobs import Job
 from support.models import ModelSpec, RunOptions
 from support.runs import Tables, run_analysis
+from support.stability import SIZES, compared, disjoint, effect_table, overlap_table
 from tyro.conf import OmitArgPrefixes
 
 MODELS = ("sft", "dpo")
@@ -49,8 +48,6 @@ PAIRS = (
     ("search", "same half"),
     ("search", "wholes"),
     ("three searches", "halves"),
-    ("rounds", "halves"),
-    ("one shot", "halves"),
 )
 TABLES: Tables = {"overlaps": overlap_table, "effects": effect_table}
 

@@ -146,10 +146,7 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if isinstance(row, dict):
-        row.pop("check", None)  # of earlier versions
-        return row
-    return None
+    return row if isinstance(row, dict) else None
 
 
 # Tensors
@@ -171,8 +168,7 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file of this format, mapped into memory, and its metadata.
 
-    Raises ValueError for any other file, and for values that are not those that were written. Files
-    of earlier versions have no such digest and are read as they are.
+    Raises ValueError for any other file, and for values that are not those that were written.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -186,9 +182,9 @@ def read_tensors(
         raise ValueError(
             f"{path}: no {noun} of harmcircuits (format {header.get(FORMAT)!r}, not {format!r})"
         )
-    digest = header.pop(DIGEST, None)
-    if digest is not None and digest != _digest(header, tensors):
-        raise ValueError(f"{path}: damaged, its digest is of other values; make it again")
+    digest = header.pop(DIGEST, "none")
+    if digest != _digest(header, tensors):
+        raise ValueError(f"{path}: damaged, its digest ({digest}) does not fit; make it again")
     return tensors, header
 
 

@@ -257,9 +257,7 @@ class WeightMask:
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
-        """The mask in a file written by `save`, of this version or 0.1.0.
-
-        Its digest is compared; a file of an earlier version has none, and is read as it is.
+        """The mask in a file written by `save`. Its digest is compared.
 
         Args:
             path: the file.
@@ -268,8 +266,7 @@ class WeightMask:
             ValueError: a missing file, one that holds no mask, or a damaged one.
         """
         removed, metadata = read_tensors(path, FORMAT, "mask")
-        # Earlier versions wrote no trace.
-        trace = Rows.of_dicts(json.loads(metadata.get("trace", "[]")))
+        trace = Rows.of_dicts(json.loads(metadata["trace"]))
         source = Source.from_json(metadata["source"])
         return cls(removed, read_shapes(metadata["shapes"]), source, trace, str(path))
 

@@ -87,7 +87,7 @@ class Source:
 
 
 def _without_empty_weights(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Files of before the digest have none, and stay as they are.
+    # What is derived, as `-scores` is, names the weights by its parents alone.
     return {name: value for name, value in items if (name, value) != ("weights", "")}
 
 
@@ -208,8 +208,7 @@ class WeightScores:
 
         Raises:
             ValueError: a folder without scores, a file that holds something else, a missing or
-                foreign shard, and a damaged one. Shards of earlier versions have no digest and are
-                read as they are.
+                foreign shard, and a damaged one.
         """
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:

@@ -16,7 +16,7 @@ SHIPPED = {
     "dpo/model.safetensors": "536fcd3411741796",
     "innocent/model.safetensors": "dd5c632519b6c7bc",
     "planted/model.safetensors": "01abdfb6e22744ea",
-    "planted/circuit.safetensors": "b83fab55c32d2e74",
+    "planted/circuit.safetensors": "d5aafad3a3195036",
 }
 
 
