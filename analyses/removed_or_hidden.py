@@ -35,7 +35,7 @@ import tyro
 from relearning import ATTACKS, TRAININGS, mask_rows, relearning_rows
 from support.jobs import Job, jobs_about, run_jobs
 from support.models import RunOptions
-from support.tampering import FORMATS, SMALL, Case, Effort, asked, own_less_others, rounded
+from support.tampering import FORMATS, SMALL, Case, Effort, few_requests, own_less_others, rounded
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
@@ -54,7 +54,8 @@ QUESTIONS = ("dose", "rounding", "specificity", "redundancy", "relearning", "ben
 def dose_rows(case: Case, labels: Labels) -> Rows:
     """The margin and the answers, under every dose of the circuit and of its controls."""
     model, circuit = case.spec.open(), case.mask("search")
-    behaviour, sample = model.behaviour("harmful"), asked(model, case.effort.every)
+    behaviour = model.behaviour("harmful")
+    sample = few_requests(model, case.effort.every)
     harmful = PromptSet(behaviour.references("heldout").examples[:: case.effort.every])
     groups = [example.cluster for example in harmful]
     completions = [twin(example.prompt) for example in harmful]
