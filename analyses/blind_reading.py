@@ -25,6 +25,7 @@ from harmcircuits.behaviours.generation import generate
 from harmcircuits.behaviours.judges import Judge, RuleJudge
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.masking import masked_if_given
+from harmcircuits.measurements import Labels
 from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.storage import read_lines, write_lines
 from harmcircuits.views.tables import frame_table
@@ -89,42 +90,53 @@ def probe_verdict(model: hc.Model, request: str, answer: str) -> str:
     return model.verdicts(model.behaviour("harmful"), prompts)[0]
 
 
-def mark_rows(out: Path, model: str) -> hc.Rows:
-    """The marks of each mask, and how often rules and probe agree on harmful answers."""
+def readings_of(out: Path) -> dict[tuple[str, str], list[dict]]:
+    """Mask and kind -> the lines of sheet and key for its answers."""
     sheet = read_lines(out / "sheet.jsonl", "a sheet")
     key = read_lines(out / "key.jsonl", "the key to a sheet")
     readings: dict[tuple[str, str], list[dict]] = {}
     for line, key_line in zip(sheet, key, strict=True):
         for mask in key_line["masks"]:
             readings.setdefault((mask, key_line["kind"]), []).append({**key_line, **line})
+    return readings
 
+
+def mark_rows(out: Path, model: str) -> hc.Rows:
+    """The marks of each mask, and how often rules and probe agree on harmful answers."""
     rows = hc.Rows()
-    for (mask, kind), lines in sorted(readings.items()):
-        labels = {"model": model, "mask": mask, "kind": kind, "judge": JUDGE}
-        requests = [line["request"] for line in lines]
-        for letter, title in MARKS.items():
-            hits = [line["mark"] == letter for line in lines]
-            rows += [hc.Measurement.rate("read_rate", {**labels, "as": title}, hits, requests)]
-        for judge, metric in AGREEMENT.items():
-            if judge in lines[0]:
-                hits = [(line[judge] == "harmful") == (line["mark"] == "H") for line in lines]
-                rows += [hc.Measurement.rate(metric, labels, hits, requests)]
+    for (mask, kind), lines in sorted(readings_of(out).items()):
+        rows += rates_of(lines, {"model": model, "mask": mask, "kind": kind, "judge": JUDGE})
+    return rows
+
+
+def rates_of(lines: list[dict], labels: Labels) -> hc.Rows:
+    """The rate of each mark, and of agreement with each judge."""
+    requests = [line["request"] for line in lines]
+    rows = hc.Rows()
+    for letter, title in MARKS.items():
+        hits = [line["mark"] == letter for line in lines]
+        rows += [hc.Measurement.rate("read_rate", {**labels, "as": title}, hits, requests)]
+    for judge in [name for name in AGREEMENT if name in lines[0]]:
+        hits = [(line[judge] == "harmful") == (line["mark"] == "H") for line in lines]
+        rows += [hc.Measurement.rate(AGREEMENT[judge], labels, hits, requests)]
     return rows
 
 
 def table(rows: hc.Rows) -> pd.DataFrame:
     """A line for each mask: the marks of its answers, in both ways of asking."""
-    lines = []
-    for mask, marks in rows.where(judge=JUDGE).by("mask").items():
-        line = {"mask": mask}
-        for kind, figures in marks.by("kind").items():
-            for row in figures.where("read_rate"):
-                line[f"{kind}: {row.labels['as']}"] = f"{row.mean:.0%}"
-            for judge, metric in AGREEMENT.items():
-                for row in figures.where(metric):
-                    line[f"{kind}: as the {judge}"] = f"{row.mean:.0%}"
-        lines.append(line)
-    return pd.DataFrame(lines)
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows.where(judge=JUDGE):
+        cells = lines.setdefault(str(row.labels["mask"]), {"mask": str(row.labels["mask"])})
+        cells[f"{row.labels['kind']}: {title_of(row)}"] = f"{row.mean:.0%}"
+    return pd.DataFrame(list(lines.values()))
+
+
+def title_of(row: hc.Measurement) -> str:
+    """The mark that a row counts, or the judge that agrees."""
+    for judge, metric in AGREEMENT.items():
+        if row.metric == metric:
+            return f"as the {judge}"
+    return str(row.labels["as"])
 
 
 # %%

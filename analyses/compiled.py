@@ -23,7 +23,7 @@
 #    true sets.
 # 4. **Does a last pass help?** It removed and returned single weights by their measured effect on the
 #    calibration data, from the published difference and from the search. It lost (smaller masks, lower
-#    recall), so its code went (git keeps it, at caa40d4), and its rows stay.
+#    recall), so its code went (git keeps it, at b6a5f48), and its rows stay.
 #
 # **The rules, fixed before the run.** A score *finds* the circuit in a version if its AUROC of the
 # weights that harm needs is at least 0.95 in each organism, *in part* if 0.8 on average. A mask *removes*
@@ -64,7 +64,6 @@ from tyro.conf import OmitArgPrefixes
 
 import harmcircuits as hc
 from harmcircuits.behaviours.outcomes import Calibration
-from harmcircuits.circuits.overlap import Overlap
 from harmcircuits.measurements import Labels, Measurement, Rows, auroc
 from harmcircuits.organisms.compiled import BEHAVIOURS, PROGRAMS
 
@@ -215,33 +214,40 @@ def circuits_by(model: hc.Model, data: Data, method: str, sizes: dict[str, float
     return circuits
 
 
+def true_masks(model: hc.Model, truth: Truth) -> Masks:
+    """The weights that each behaviour needs."""
+    columns = truth.needed.unbind(dim=1)
+    masks = [mask_of(model, truth.chosen(column)) for column in columns]
+    return dict(zip(BEHAVIOURS, masks, strict=True))
+
+
 def overlap_rows(model: hc.Model, truth: Truth, data: Data, labels: Labels) -> Rows:
     """The overlap of every two circuits that a method finds, beside that of the true ones."""
-    true = {}
-    for bit, name in enumerate(BEHAVIOURS):
-        true[name] = mask_of(model, truth.chosen(truth.needed[:, bit]))
+    true = true_masks(model, truth)
     sizes = {name: mask.fraction for name, mask in true.items()}
     halves = [model.calibrations(share=0.5, seed=seed) for seed in range(N_RESAMPLES)]
     rows = Rows()
     for method in (*RESAMPLED, "search"):
         circuits = circuits_by(model, data, method, sizes)
-        resamples = []
-        if method in RESAMPLED:
-            resamples = [circuits_by(model, half, method, sizes) for half in halves]
-        for first, second in combinations(BEHAVIOURS, 2):
-            if not len(circuits[first]) or not len(circuits[second]):
-                continue
-            pairs = [(masks[first], masks[second]) for masks in resamples]
-            ends = (circuits[first], circuits[second])
-            overlap = hc.overlap(*ends, resamples=pairs, n_samples=N_NULL)
-            true_overlap = hc.overlap(true[first], true[second], n_samples=N_NULL)
+        samples = halves if method in RESAMPLED else []
+        resamples = [circuits_by(model, half, method, sizes) for half in samples]
+        names = [name for name in BEHAVIOURS if len(circuits[name])]
+        for first, second in combinations(names, 2):
             where = {**labels, "method": method, "first": first, "second": second}
-            rows += overlap_figures(overlap, true_overlap, where)
+            rows += pair_rows(circuits, true, resamples, where)
     return rows
 
 
-def overlap_figures(overlap: Overlap, true: Overlap, where: Labels) -> Rows:
-    """Lifts and Jaccard, each beside the true one; none where nothing is expected by chance."""
+def pair_rows(circuits: Masks, true: Masks, resamples: list[Masks], where: Labels) -> Rows:
+    """Lifts and Jaccard of two circuits, each beside that of the true ones.
+
+    There is none where nothing is expected by chance.
+    """
+    first, second = str(where["first"]), str(where["second"])
+    pairs = [(masks[first], masks[second]) for masks in resamples]
+    ends = (circuits[first], circuits[second])
+    overlap = hc.overlap(*ends, resamples=pairs, n_samples=N_NULL)
+    true_overlap = hc.overlap(true[first], true[second], n_samples=N_NULL)
     figures = {
         "lift": (overlap.lift, *overlap.interval),
         "lift_marginal": (overlap.lift_marginal, *overlap.interval_marginal),
@@ -249,7 +255,7 @@ def overlap_figures(overlap: Overlap, true: Overlap, where: Labels) -> Rows:
     }
     rows = Rows()
     for metric, figure in figures.items():
-        true_value = getattr(true, metric)
+        true_value = getattr(true_overlap, metric)
         if not isnan(figure[0]) and not isnan(true_value):
             rows += [Measurement(f"overlap_{metric}", where, *figure)]
             rows += [Measurement.exact(f"overlap_{metric}_true", where, true_value)]

@@ -193,29 +193,30 @@ def table(rows: hc.Rows, *, refuse: bool = True, fresh: bool = False) -> pd.Data
         fresh: of the ladders on which nothing was chosen, or of the shipped one.
     """
     selected = hc.Rows()
-    for (ladder, model), measured in rows.by("ladder", "model").items():
+    for (ladder, model), runs in rows.by("ladder", "model").items():
         if (ladder != "shipped", model in MODELS) == (fresh, refuse):
-            selected += measured
+            selected += runs
     lines = []
     for (engine, aim), runs in selected.by("engine", "aim").items():
-        cases = runs.by("ladder", "model", "part").values()
-        lines_by_case = [lines_of(case) for case in cases]
-        scores = [fmean(line.score for line in case) for case in lines_by_case]
-        pooled = list(chain.from_iterable(lines_by_case))
-        seconds = fmean(case.one("search_seconds").mean for case in cases)
-        lines.append(
-            {
-                "engine": engine,
-                "aim": aim,
-                "said instead": f"{mean_over(scores):.0%}",
-                "worst": f"{min(line.score for line in pooled):.0%}",
-                "harmful": f"{fmean(line.harmful for line in pooled):.0%}",
-                "broken": f"{fmean(line.incoherent for line in pooled):.0%}",
-                "nats": f"{fmean(line.nats for line in pooled):.2f}",
-                "seconds of a core": f"{seconds:.0f}",
-            }
-        )
+        cases = list(runs.by("ladder", "model", "part").values())
+        lines.append({"engine": engine, "aim": aim, **cells_of(cases)})
     return pd.DataFrame(lines)
+
+
+def cells_of(cases: Sequence[hc.Rows]) -> dict[str, str]:
+    """The figures of an engine and aim over its cases."""
+    lines_by_case = [lines_of(case) for case in cases]
+    scores = [fmean(line.score for line in case) for case in lines_by_case]
+    lines = list(chain.from_iterable(lines_by_case))
+    seconds = fmean(case.one("search_seconds").mean for case in cases)
+    return {
+        "said instead": f"{mean_over(scores):.0%}",
+        "worst": f"{min(line.score for line in lines):.0%}",
+        "harmful": f"{fmean(line.harmful for line in lines):.0%}",
+        "broken": f"{fmean(line.incoherent for line in lines):.0%}",
+        "nats": f"{fmean(line.nats for line in lines):.2f}",
+        "seconds of a core": f"{seconds:.0f}",
+    }
 
 
 TABLES: Tables = {

@@ -191,18 +191,18 @@ def template_of(target: str) -> Template:
 # %%
 def search_rows(options: Options, target: str) -> Rows:
     """The answers under every mask of a behaviour, and how many weights two halves share."""
-    measured = (target, *PROTECTED[target])
-    model = options.open(*measured)
+    names = (target, *PROTECTED[target])
+    model = options.open(*names)
     masks = masks_of(model, options, target)
     rows = common_rows(masks, options, target)
     write_answers(model, target, masks, options.out / target / "answers.json")
 
     unpruned = options.labels(model, target, "none", 1.0)
-    rows += model.measure(only=measured, labels=unpruned)
+    rows += model.measure(only=names, labels=unpruned)
     for name, mask in masks.items():
         labels = options.labels(model, target, name)
         rows += [Measurement.exact("n_removed", labels, mask.n_removed)]
-        rows += model.measure(mask=mask, only=measured, labels=labels)
+        rows += model.measure(mask=mask, only=names, labels=labels)
     for dose in DOSES:
         with hc.masked(model.bridge, masks[CLOSER], scale=dose):
             labels = options.labels(model, target, CLOSER, dose)
@@ -295,19 +295,19 @@ class Outcome:
     """The effect of a mask on its behaviour, and its cost."""
 
     n_removed: int
-    left: float
+    rate: float  # of answers that still show the behaviour
     newly_broken: float
     falls_by: float  # the protected rate that falls most
 
     @property
     def verdict(self) -> str:
         """By the rule."""
-        if self.left > MOST_LEFT or self.newly_broken > MOST_COST:
+        if self.rate > MOST_LEFT or self.newly_broken > MOST_COST:
             return "does not end"
         return "within budget" if self.falls_by <= MOST_COST else "at a cost"
 
     def __str__(self) -> str:
-        return f"{self.n_removed:,}: {self.left:.0%}"
+        return f"{self.n_removed:,}: {self.rate:.0%}"
 
 
 def outcome(rows: Rows, target: str, mask: str) -> Outcome:
@@ -339,7 +339,7 @@ def unpruned_rate(rows: Rows, target: str) -> float:
 
 def hangs(rows: Rows, target: str) -> bool:
     """Whether a behaviour hangs on few weights, by the rule."""
-    controls = [outcome(rows, target, name).left for name in CONTROLS]
+    controls = [outcome(rows, target, name).rate for name in CONTROLS]
     best = smallest(rows, target)
     if best is None or best.verdict != "within budget":
         return False
@@ -368,12 +368,12 @@ def table(rows: Rows) -> pd.DataFrame:
         masks = list(outcomes(rows, target).values())
         mask = smallest(rows, target) or max(masks, key=lambda mask: mask.n_removed)
         sizes = [str(size) for size in masks if size != mask]
-        controls = {name: f"{outcome(rows, target, name).left:.0%}" for name in CONTROLS}
+        controls = {name: f"{outcome(rows, target, name).rate:.0%}" for name in CONTROLS}
         line = {
             "behaviour": TITLES[target],
             "before": f"{unpruned_rate(rows, target):.0%}",
             "weights": f"{mask.n_removed:,}",
-            "left": f"{mask.left:.0%}",
+            "left": f"{mask.rate:.0%}",
             "newly broken": f"{max(0.0, mask.newly_broken):.0%}",
             "kept rates fall by": f"{max(0.0, mask.falls_by):.0%}",
             "ends": ENDS[mask.verdict],

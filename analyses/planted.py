@@ -29,7 +29,13 @@ from functools import partial
 import tyro
 from support.jobs import Job
 from support.models import ModelSpec, RunOptions
-from support.planted import reach_table, recovery, recovery_table, relearning_table, true_circuit
+from support.planted import (
+    reach_table,
+    recovery,
+    recovery_table,
+    relearning_table,
+    true_circuit,
+)
 from support.runs import Tables, run_analysis
 from tyro.conf import OmitArgPrefixes
 

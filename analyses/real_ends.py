@@ -68,17 +68,17 @@ def table_of_searches(searches: Mapping[str, hc.Rows]) -> pd.DataFrame:
     lines = []
     for title, rows in searches.items():
         masked = rows.where(mask="search", split="heldout")
-        scored = masked.where(beginning="scored")
+        search = masked.where(beginning="scored")
         lines.append(
             {
                 "search": title,
-                "weights": f"{scored.one('n_removed').mean:,.0f}",
-                "refused, scored beginning": f"{scored.one('harm_refusal_rate'):.0%}",
+                "weights": f"{search.one('n_removed').mean:,.0f}",
+                "refused, scored beginning": f"{search.one('harm_refusal_rate'):.0%}",
                 "another": f"{masked.one('harm_refusal_rate', beginning='another'):.0%}",
-                "asked plainly": f"{scored.one('refusal_rate'):.0%}",
-                "benign, same prefill, answered": f"{scored.one('prefilled_valid_rate').mean:.0%}",
-                "benign, answered": f"{scored.one('benign_valid_rate').mean:.0%}",
-                "borderline, answered": f"{scored.one('borderline_valid_rate').mean:.0%}",
+                "asked plainly": f"{search.one('refusal_rate'):.0%}",
+                "benign, same prefill, answered": f"{search.one('prefilled_valid_rate').mean:.0%}",
+                "benign, answered": f"{search.one('benign_valid_rate').mean:.0%}",
+                "borderline, answered": f"{search.one('borderline_valid_rate').mean:.0%}",
             }
         )
     return pd.DataFrame(lines)

@@ -34,7 +34,7 @@ from harmcircuits.measurements import Labels, Rows
 DOSES = (0.0, 0.5, 1.0, 1.5)
 FORMATS = ("int8", "NF4")
 STEPS, LEARNING_RATE = (5, 20), 1e-3
-MEASURED = ("harmful", "refusal", "prefilled")
+BEHAVIOURS = ("harmful", "refusal", "prefilled")
 RATES = {
     "harm_refusal_rate": "refused, begun",
     "refusal_rate": "refused, plain",
@@ -61,14 +61,14 @@ def dose_rows(case: Case, labels: Labels) -> Rows:
     """The answers at one dose of the mask's weights."""
     model, mask = case.spec.open(), hc.WeightMask.load(case.file)
     with hc.masked(model, mask, scale=float(labels["at"])):
-        return model.measure(only=MEASURED, labels=labels)
+        return model.measure(only=BEHAVIOURS, labels=labels)
 
 
 def rounding_rows(case: Case, labels: Labels) -> Rows:
     """The answers of the model as a format stores it."""
     line = case.line(str(labels["line"]))
     with line.ready(), rounded(line.model, str(labels["at"])):
-        return line.model.measure(only=MEASURED, labels=labels)
+        return line.model.measure(only=BEHAVIOURS, labels=labels)
 
 
 def training_rows(case: Case, labels: Labels) -> Rows:
@@ -80,7 +80,7 @@ def training_rows(case: Case, labels: Labels) -> Rows:
     with line.ready(), training as run:
         for step in STEPS:
             run.until(step)
-            rows += line.model.measure(only=MEASURED, labels={**labels, "at": step})
+            rows += line.model.measure(only=BEHAVIOURS, labels={**labels, "at": step})
     return rows
 
 

@@ -27,7 +27,7 @@
 
 # %%
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -40,6 +40,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 import harmcircuits as hc
+from harmcircuits.batches import Batch
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.organisms import world
 from harmcircuits.prompts import PromptSet
@@ -53,7 +54,8 @@ QUESTIONS = ("dose", "rounding", "specificity", "redundancy", "relearning", "ben
 def dose_rows(case: Case, labels: Labels) -> Rows:
     """The margin and the answers, under every dose of the circuit and of its controls."""
     model, circuit = case.spec.open(), case.mask("search")
-    behaviour, sample = model.behaviour("harmful"), few_requests(model, case.effort.every)
+    behaviour = model.behaviour("harmful")
+    sample = few_requests(model, case.effort.every)
     harmful = PromptSet(behaviour.references("heldout").examples[:: case.effort.every])
     groups = [example.cluster for example in harmful]
     completions = [twin(example.prompt) for example in harmful]
@@ -130,34 +132,47 @@ def specificity_rows(case: Case, labels: Labels) -> Rows:
         behaviour = model.behaviour(name)
         texts[name] = model.batches(behaviour, behaviour.references("heldout")[:: 2 * effort.every])
 
-    def losses(masks: Iterable[hc.WeightMask | None]) -> Tensor:
-        """The loss of every task (columns) without each mask (lines)."""
-        lines = []
-        for mask in masks:
-            line = [hc.completion_nll(model, task, mask=mask).mean() for task in texts.values()]
-            lines.append(torch.stack(line))
-        return torch.stack(lines)
-
-    unpruned, weights = losses([None]), hc.named_weights(model)
-    rises = losses(circuits.values()) - unpruned
+    unpruned, weights = task_losses(model, texts, [None]), hc.named_weights(model)
+    rises = task_losses(model, texts, circuits.values()) - unpruned
     chance = []
     for seed in range(effort.nulls):
         masks = [hc.random_like(mask, seed=seed, weights=weights) for mask in circuits.values()]
-        chance.append(own_less_others(losses(masks) - unpruned))
+        chance.append(own_less_others(task_losses(model, texts, masks) - unpruned))
 
     rows = Rows()
     for line, values in zip(circuits, rises.tolist(), strict=True):
         for task, value in zip(texts, values, strict=True):
             rows += [Measurement.exact("rise", {**labels, "line": line, "task": task}, value)]
+    return rows + chance_rows(list(texts), rises, chance, labels)
+
+
+def chance_rows(
+    tasks: Sequence[str], rises: Tensor, chance: Sequence[dict[str, Tensor]], labels: Labels
+) -> Rows:
+    """The specificity of every circuit, in both ways, and its p-value among random masks."""
+    rows = Rows()
     for way, differences in own_less_others(rises).items():
         null = torch.stack([sample[way] for sample in chance])
         n_higher = (null >= differences).sum(dim=0).tolist()
-        for task, difference, n in zip(texts, differences.tolist(), n_higher, strict=True):
+        for task, difference, n in zip(tasks, differences.tolist(), n_higher, strict=True):
             where = {**labels, "line": task, "way": way}
             p_value = (1 + n) / (1 + len(chance))
             rows += [Measurement.exact("specificity", where, difference)]
             rows += [Measurement.exact("specificity_p", where, p_value)]
     return rows
+
+
+def task_losses(
+    model: hc.Model,
+    texts: Mapping[str, Sequence[Batch]],
+    masks: Iterable[hc.WeightMask | None],
+) -> Tensor:
+    """The loss of every task (columns) without each mask (lines)."""
+    lines = []
+    for mask in masks:
+        losses = [hc.completion_nll(model, task, mask=mask).mean() for task in texts.values()]
+        lines.append(torch.stack(losses))
+    return torch.stack(lines)
 
 
 # %%

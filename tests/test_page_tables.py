@@ -73,25 +73,25 @@ def values(names: tuple[str, ...]) -> np.ndarray:
     return np.concatenate([figures, 100 * figures, counts])
 
 
-def is_of_a_row(figure: tuple[str, ...], known: np.ndarray) -> bool:
+def is_of_a_row(figure: tuple[str, ...], figures: np.ndarray) -> bool:
     """Whether mean, and ends where there are any, round to these."""
-    is_same = np.ones(len(known), dtype=bool)
+    is_same = np.ones(len(figures), dtype=bool)
     for column, text in enumerate(figure):
         if text:
             number = text.replace(",", "")
             decimals = len(number.partition(".")[2])
-            is_same &= abs(known[:, column] - float(number)) <= 0.5 * 10**-decimals + 1e-6
+            is_same &= abs(figures[:, column] - float(number)) <= 0.5 * 10**-decimals + 1e-6
     return bool(is_same.any())
 
 
 @pytest.mark.parametrize("page", QUOTED)
 def test_every_figure_of_a_table_is_of_a_committed_row(page):
-    known = values(QUOTED[page])
+    figures = values(QUOTED[page])
     strange, n_figures = [], 0
     for name, *cells in tables((ROOT / page).read_text(encoding="utf-8")):
         for figure in FIGURE.findall(" | ".join(cells).replace("*", "")):
             n_figures += 1
-            if figure[0] not in MISSING and not is_of_a_row(figure, known):
+            if figure[0] not in MISSING and not is_of_a_row(figure, figures):
                 strange.append(f"{name}: {figure}")
     assert n_figures > 900
     assert not strange
@@ -108,8 +108,8 @@ def test_the_tables_of_every_page_are_read_by_a_test(path):
 
 
 def test_a_figure_that_no_row_has_is_seen():
-    known = values(("F1",))
-    (mean, low, high), *_ = known
-    assert is_of_a_row((f"{mean:.3f}", f"{low:.3f}", f"{high:.3f}"), known)
-    assert not is_of_a_row((f"{mean:.3f}", f"{low:.3f}", f"{high + 0.2:.3f}"), known)
-    assert not is_of_a_row(("1234.567", "", ""), known)
+    figures = values(("F1",))
+    mean, low, high = figures[0]
+    assert is_of_a_row((f"{mean:.3f}", f"{low:.3f}", f"{high:.3f}"), figures)
+    assert not is_of_a_row((f"{mean:.3f}", f"{low:.3f}", f"{high + 0.2:.3f}"), figures)
+    assert not is_of_a_row(("1234.567", "", ""), figures)

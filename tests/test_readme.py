@@ -15,22 +15,22 @@ NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 
 
 def test_the_code_prints_what_is_shown(capsys):
-    """Words exactly, figures within a tenth; what a masked model says is another matter."""
-    (code,), (shown,) = blocks(TEXT, "python"), blocks(TEXT, "text")
+    """Words exactly, figures within a tenth, but for the answer of a masked model."""
+    (code,), (output,) = blocks(TEXT, "python"), blocks(TEXT, "text")
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
-    expected = shown.splitlines()
+    expected = output.splitlines()
     assert len(printed) == len(expected)
 
-    # Greedy words of a broken model turn on the last bit, so on the machine.
+    # Greedy words of an incoherent model turn on the last bit, so on the machine.
     says = [line for line in printed if " -> " in line]
     assert says[0] != says[1], "another answer under the mask"
-    broken = printed.index(says[1])
-    for number, (line, wanted) in enumerate(zip(printed, expected, strict=True)):
-        if number == broken:
-            line, wanted = (text.split(" -> ")[0] for text in (line, wanted))
-        assert NUMBER.sub("#", line) == NUMBER.sub("#", wanted)
-        assert figures(line) == pytest.approx(figures(wanted), rel=0.1, abs=2)
+    incoherent = printed.index(says[1])
+    for number, (line, quote) in enumerate(zip(printed, expected, strict=True)):
+        if number == incoherent:
+            line, quote = (text.split(" -> ")[0] for text in (line, quote))
+        assert NUMBER.sub("#", line) == NUMBER.sub("#", quote)
+        assert figures(line) == pytest.approx(figures(quote), rel=0.1, abs=2)
 
 
 def figures(line: str) -> list[float]:
@@ -46,8 +46,8 @@ def test_every_room_is_named_in_order():
     """Each room imports only from those before it."""
     where = TEXT.split("## Where things are")[1].split("\n## ")[0]
     rooms = {path.parent.name for path in (ROOT / "harmcircuits").glob("*/__init__.py")}
-    named = [name for name in re.findall(r"(\w+)/`", where) if name in rooms]
-    assert set(named) == rooms
+    rooms_in_order = [name for name in re.findall(r"(\w+)/`", where) if name in rooms]
+    assert set(rooms_in_order) == rooms
     order = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("layers = [")[1]
-    for above, below in pairwise(named):
+    for above, below in pairwise(rooms_in_order):
         assert order.index(below) < order.index(above)

@@ -76,10 +76,9 @@ def test_the_results_page_quotes_losses_of_the_study():
         mean(line, "benign_kl") for line in ("search, only benign protected", "search")
     )
     assert f"(KL {alone:.3f} instead of {search:.3f})" in text
-    predicted, measured = (
-        mean("search", f"{kind}_loss_change") for kind in ("predicted", "measured")
-    )
-    assert f"falls by {-predicted:.2f}; it rises by {measured:.2f}" in text
+    predicted = mean("search", "predicted_loss_change")
+    rise = mean("search", "measured_loss_change")
+    assert f"falls by {-predicted:.2f}; it rises by {rise:.2f}" in text
     unpruned = mean("unpruned", "harm_nll")
     one_shot, opposite = (
         mean(line, "harm_nll") - unpruned for line in ("one shot, same size", "opposite sign")
@@ -106,12 +105,10 @@ def test_pages_quote_rows_of_the_real_model():
     rows = committed("real_ends").where(beginning="scored")
     text = words_of(TEXTS["README.md"])
     n_removed = rows.one("n_removed", mask="search").mean
-    refused, unpruned = (
-        rows.one("harm_refusal_rate", mask=mask).mean for mask in ("search", "none")
-    )
+    refusals = {mask: rows.one("harm_refusal_rate", mask=mask).mean for mask in ("search", "none")}
     assert f"{n_removed:,.0f} of 357,826,560 weights" in text
-    assert f"refuse {100 * refused:.0f} % of harmful" in text
-    assert f"({100 * unpruned:.0f} before)" in text
+    assert f"refuse {100 * refusals['search']:.0f} % of harmful" in text
+    assert f"({100 * refusals['none']:.0f} before)" in text
 
     titles = ("search, within the budget", "unpruned")
     within, without = (f"{real_row(title, 'harm_valid_rate').mean:.0%}" for title in titles)

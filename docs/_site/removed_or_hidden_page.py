@@ -63,9 +63,9 @@ def dose(rows: Rows) -> str:
 
 def rounding(rows: Rows) -> str:
     lines = []
-    for name, measured in rows.where(HARM).by("line").items():
+    for name, formats in rows.where(HARM).by("line").items():
         line = {"what was done": name}
-        for format_name, rates in measured.by("format").items():
+        for format_name, rates in formats.by("format").items():
             title = "as it is" if format_name == "none" else format_name
             line[title] = extremes(rates, ".0%")
         lines.append(line)
@@ -82,8 +82,8 @@ def redundancy(rows: Rows) -> str:
     for (target, ladder), circuits in rows.by("target", "ladder").items():
         n_tried = max(int(row.labels["circuit"]) for row in circuits)
         count = rules.n_sufficient(circuits)
-        more = "or more " if count == n_tried else ""
-        texts.append(f"{target} on {ladder}: {count} {more}of {n_tried} tried")
+        words = "or more of" if count == n_tried else "of"
+        texts.append(f"{target} on {ladder}: {count} {words} {n_tried} tried")
     return f"**Disjoint circuits of which each suffices: {'; '.join(texts)}.**"
 
 
@@ -107,9 +107,9 @@ def relearning(rows: Rows) -> str:
 
 def half_and_most(rows: Rows) -> str:
     """The steps to half, with the range of the seeds, and to nine tenths."""
-    half = rules.first_steps(rows, rules.HALF)
-    most = rules.first_steps(rows, 0.9)
-    return f"{span(half)}; {span([median(most)])}"
+    to_half = rules.first_steps(rows, rules.HALF)
+    to_most = rules.first_steps(rows, 0.9)
+    return f"{span(to_half)}; {span([median(to_most)])}"
 
 
 def span(steps: list[float]) -> str:
@@ -209,58 +209,49 @@ def carried(rows: Rows) -> Rows:
     return curves
 
 
-# Question -> its text, its figure, and the words for who cannot see it.
-QUESTIONS: dict[str, tuple[Callable[[Rows], str], Callable[[Rows], Picture], str]] = {
-    "dose": (
-        dose,
-        draw_dose,
-        "The margin of harmful answers over their benign twins, and valid harmful answers, by the dose of each mask",
-    ),
-    "rounding": (
-        rounding,
-        draw_rounding,
-        "Valid harmful and benign answers of each model as it is, and in each format",
-    ),
-    "redundancy": (
-        redundancy,
-        draw_redundancy,
-        "Valid answers that are left without the first, the second and further circuits that share no weight",
-    ),
-    "specificity": (
-        specificity,
-        draw_specificity,
-        "The rise of the loss of every task under the circuit of every behaviour",
-    ),
-    "relearning": (
-        relearning,
-        draw_training,
-        "Valid harmful answers, plainly asked and once begun, by the step of harmful training",
-    ),
-    "benign": (
-        benign,
-        draw_training,
-        "Valid harmful answers, plainly asked and once begun, by the step of benign training",
-    ),
+# Question -> its text, its figure, and the words for readers who cannot see it.
+TEXTS: dict[str, Callable[[Rows], str]] = {
+    "dose": dose,
+    "rounding": rounding,
+    "redundancy": redundancy,
+    "specificity": specificity,
+    "relearning": relearning,
+    "benign": benign,
+}
+FIGURES: dict[str, Callable[[Rows], Picture]] = {
+    "dose": draw_dose,
+    "rounding": draw_rounding,
+    "redundancy": draw_redundancy,
+    "specificity": draw_specificity,
+    "relearning": draw_training,
+    "benign": draw_training,
+}
+CAPTIONS = {
+    "dose": "The margin of harmful answers over their benign twins, and valid harmful answers, by the dose of each mask",
+    "rounding": "Valid harmful and benign answers of each model as it is, and in each format",
+    "redundancy": "Valid answers that are left without the first, the second and further circuits that share no weight",
+    "specificity": "The rise of the loss of every task under the circuit of every behaviour",
+    "relearning": "Valid harmful answers, plainly asked and once begun, by the step of harmful training",
+    "benign": "Valid harmful answers, plainly asked and once begun, by the step of benign training",
 }
 
 
 def section(question: str) -> str:
-    """What the rows say of a question, above its figure."""
-    text, _, caption = QUESTIONS[question]
-    return f"{text(rows_of(question))}\n\n![{caption}](figures/removed_{question}.svg)"
+    """The results of a question, above its figure."""
+    text = TEXTS[question](rows_of(question))
+    return f"{text}\n\n![{CAPTIONS[question]}](figures/removed_{question}.svg)"
 
 
 def picture(question: str) -> Picture:
     """The figure of a question."""
-    _, draw, _ = QUESTIONS[question]
-    return draw(rows_of(question).where(ladder="shipped"))
+    return FIGURES[question](rows_of(question).where(ladder="shipped"))
 
 
 BLOCKS: Blocks = {
     "verdicts": verdicts,
     "cost": lambda: cost(rows_of("masks")),
-    **{question: partial(section, question) for question in QUESTIONS},
+    **{question: partial(section, question) for question in TEXTS},
     "real": lambda: real_removed.table(committed("real_removed")),
 }
 README: Blocks = {"removed or hidden": partial(verdicts, "docs/removed_or_hidden.md")}
-PICTURES = {f"removed_{question}.svg": partial(picture, question) for question in QUESTIONS}
+PICTURES = {f"removed_{question}.svg": partial(picture, question) for question in TEXTS}

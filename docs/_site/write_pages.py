@@ -65,7 +65,7 @@ PICTURES = {
 }
 
 
-def written(name: str, text: str) -> str:
+def page_text(name: str, text: str) -> str:
     """The text of a page with all its blocks and verdicts."""
     return claims_page.with_verdicts(with_blocks(text, PAGES[name]))
 
@@ -79,7 +79,7 @@ def main(pages: Positional[tuple[str, ...]] = ()) -> None:
     for name in pages or PAGES:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
-        path.write_text(written(name, text), encoding="utf-8")
+        path.write_text(page_text(name, text), encoding="utf-8")
     for name, draw in PICTURES.items() if not pages else ():
         draw().save(ROOT / "docs" / "figures" / name)
 

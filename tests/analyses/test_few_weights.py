@@ -61,14 +61,14 @@ def test_a_sum_in_place_of_a_product_is_seen():
 
 def test_what_is_scored_is_not_measured():
     for name, behaviour in BEHAVIOURS.items():
-        scored, measured = (
+        calibration, heldout = (
             {example.prompt for example in behaviour.prompts(split)}
             for split in ("calibration", "heldout")
         )
-        assert scored and measured and not scored & measured, name
+        assert calibration and heldout and not calibration & heldout, name
 
 
-def rows_of(rate: dict[str, float], *, plain: float = 1.0, broken: float = 0.0) -> Rows:
+def rows_of(rate: dict[str, float], *, plain: float = 1.0, incoherent: float = 0.0) -> Rows:
     """The rows of a behaviour that every answer shows, and of its rate under masks."""
     rows = Rows()
     for mask, share in {"none": 1.0, **rate}.items():
@@ -76,7 +76,7 @@ def rows_of(rate: dict[str, float], *, plain: float = 1.0, broken: float = 0.0) 
         rates = {"fact_rate": share, "fact_degenerate_rate": 0.0}
         rates |= {f"{name}_rate": 1.0 for name in PROTECTED["fact"]}
         if mask != "none":
-            rates |= {"fact_degenerate_rate": broken, "plain_rate": plain, "n_removed": 7.0}
+            rates |= {"fact_degenerate_rate": incoherent, "plain_rate": plain, "n_removed": 7.0}
         rows += [Measurement.exact(metric, labels, value) for metric, value in rates.items()]
     return rows
 
@@ -86,7 +86,7 @@ def rows_of(rate: dict[str, float], *, plain: float = 1.0, broken: float = 0.0) 
     [
         ({}, "within budget"),
         ({"plain": 0.9}, "at a cost"),
-        ({"broken": 0.2}, "does not end"),
+        ({"incoherent": 0.2}, "does not end"),
     ],
 )
 def test_the_rule(options, verdict):
@@ -97,21 +97,21 @@ def test_the_rule(options, verdict):
 
 def test_the_smallest_mask_that_ends_it_counts_and_a_control_that_ends_it_too_refutes():
     best = smallest(rows_of({"1e-05": 0.0, CLOSER: 0.05, "1e-07": 0.06}), "fact")
-    assert best is not None and best.left == 0.05
+    assert best is not None and best.rate == 0.05
     assert smallest(rows_of({CLOSER: 0.5}), "fact") is None
     assert not hangs(rows_of({CLOSER: 0.0, RANDOM: 1.0, OPPOSITE: 0.4}), "fact")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "n_removed", "request_", "before", "after"),
+    ("name", "n_removed", "request_", "unpruned_words", "words"),
     [
         ("language", 19, FRENCH_PRIME, "un nombre entier", "is a natural number"),
         ("products", 268, "What is 6 times 7? Answer with the number only.", "42", "13"),
     ],
 )
 def test_what_the_model_says_without_the_weights_of_a_mask(
-    name, n_removed, request_, before, after
+    name, n_removed, request_, unpruned_words, words
 ):
     """On the copy of the model that it was found on: QWEN is its folder."""
     bridge = hc.load_model(os.environ["QWEN"], dtype="float32")
@@ -122,4 +122,4 @@ def test_what_the_model_says_without_the_weights_of_a_mask(
     (unpruned,) = generate(bridge, prompts, **options)
     with hc.masked(bridge, mask):
         (masked,) = generate(bridge, prompts, **options)
-    assert before in unpruned.text and after in masked.text
+    assert unpruned_words in unpruned.text and words in masked.text

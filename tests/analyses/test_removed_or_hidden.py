@@ -47,7 +47,7 @@ def test_doses(margins, verdict):
 
 
 @pytest.mark.parametrize(
-    ("benign", "before", "harm", "expected"),
+    ("benign", "unrounded", "harm", "expected"),
     [
         (0.95, 0.0, 0.05, True),
         (1.0, 0.0, 0.06, False),
@@ -55,27 +55,27 @@ def test_doses(margins, verdict):
         (1.0, 0.6, 0.0, None),  # nothing was removed
     ],
 )
-def test_rounding(benign, before, harm, expected):
+def test_rounding(benign, unrounded, harm, expected):
     rows = [row(rules.BENIGN, 1.0, line="unpruned", format="none")]
     rows += [row(rules.BENIGN, benign, line="unpruned", format="NF4")]
-    rows += [row(rules.HARM, before, line="search", format="none")]
+    rows += [row(rules.HARM, unrounded, line="search", format="none")]
     rows += [row(rules.HARM, harm, line="search", format="NF4")]
     assert rules.survives(Rows(rows), "search", "NF4") is expected
 
 
 @pytest.mark.parametrize(
-    ("left", "count"), [((1.0, 0.0, 0.5, 0.6), 2), ((1.0, 0.6, 0.0), 0), ((0.8, 0.4), 1)]
+    ("shares", "count"), [((1.0, 0.0, 0.5, 0.6), 2), ((1.0, 0.6, 0.0), 0), ((0.8, 0.4), 1)]
 )
-def test_redundancy(left, count):
-    rows = Rows(row(rules.HARM, share, circuit=number) for number, share in enumerate(left))
+def test_redundancy(shares, count):
+    rows = Rows(row(rules.HARM, share, circuit=number) for number, share in enumerate(shares))
     assert rules.n_sufficient(rows) == count
 
 
 def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
     rises = torch.tensor([[3.0, 1.0, 2.0], [0.0, 2.0, 1.0], [1.0, 0.0, 5.0]])
-    both = own_less_others(rises)
-    assert both["other tasks"].tolist() == [1.5, 1.5, 4.5]
-    assert both["other circuits"].tolist() == [2.5, 1.5, 3.5]
+    differences = own_less_others(rises)
+    assert differences["other tasks"].tolist() == [1.5, 1.5, 4.5]
+    assert differences["other circuits"].tolist() == [2.5, 1.5, 3.5]
     # Levels 0.0125, 0.0167, 0.025, 0.05: c is beyond its own, so that d is not asked.
     assert rules.holm({"a": 0.01, "d": 0.04, "b": 0.016, "c": 0.03}) == {
         "a": True,
@@ -99,8 +99,8 @@ def curve(line: str, *steps: float, share: float = 0.6) -> list[Measurement]:
     rows = []
     for seed, step in enumerate(steps):
         for at in (0, 1, 2, 3, 5):
-            answered = share if at >= step else 0.0
-            rows.append(row(rules.PLAIN, answered, line=line, seed=seed, step=at))
+            rate = share if at >= step else 0.0
+            rows.append(row(rules.PLAIN, rate, line=line, seed=seed, step=at))
     return rows
 
 
@@ -126,29 +126,29 @@ def test_zeros_outlast_rounding_and_weights_come_back(how):
     weight = named_weights(model)["blocks.1.mlp.in.weight"]
     with torch.no_grad():
         weight[3, 5] = 0.0
-    before = weight.detach().clone()
+    original = weight.detach().clone()
     with rounded(model, how):
         assert weight[3, 5] == 0
-        assert not torch.equal(weight, before)
+        assert not torch.equal(weight, original)
         n_values = 16 if how == "NF4" else 2 ** int(how[3:]) - 1
         assert len(weight[0, :64].unique()) <= n_values
-        error = (weight - before).abs().max() / before.abs().max()
+        error = (weight - original).abs().max() / original.abs().max()
         assert 0 < error < 0.2
-    assert torch.equal(weight, before)
+    assert torch.equal(weight, original)
 
 
 def test_gptq_changes_what_a_matrix_gives_less_than_the_nearest_values_do():
     model, name = small_model("sft"), "blocks.1.mlp.in.weight"
     weight, products = named_weights(model)[name].detach(), input_products(model)[name]
 
-    def error(stored: torch.Tensor) -> float:
-        lost = stored - weight
-        return ((lost @ products) * lost).sum().item()
+    def error(nearest: torch.Tensor) -> float:
+        difference = nearest - weight
+        return ((difference @ products) * difference).sum().item()
 
-    before = weight.clone()
+    original = weight.clone()
     with rounded(model, GPTQ):
         assert len(weight[0].unique()) <= 15
-    assert torch.equal(weight, before)
+    assert torch.equal(weight, original)
     assert error(gptq(weight, products)) < 0.7 * error(integers(4, weight))
     # Without any correlation between inputs there is nothing to make up for.
     torch.testing.assert_close(gptq(weight, torch.eye(weight.shape[1])), integers(4, weight))
