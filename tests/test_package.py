@@ -11,6 +11,7 @@ SHIPPED = (
     "harmcircuits/py.typed",
     "harmcircuits/views/page.html",
     "harmcircuits/views/parts.html",
+    "harmcircuits/studies/study_page.html",
     "harmcircuits/organisms/weights/sft/config.json",
 )
 
