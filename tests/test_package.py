@@ -14,6 +14,7 @@ SHIPPED = (
     "harmcircuits/views/figures.mplstyle",
     "harmcircuits/views/page.html",
     "harmcircuits/views/parts.html",
+    "harmcircuits/studies/study_page.html",
     "harmcircuits/organisms/weights/sft/config.json",
 )
 

@@ -33,7 +33,7 @@ class UnprunedScores(NamedTuple):
 
 
 class Controls(dict[str, list[WeightMask]]):
-    """Control masks by name; `searched` holds the names of those from a search of their own."""
+    """Control masks by name; `searched` names the masks that come from a search of their own."""
 
     def __init__(self, masks: Mapping[str, list[WeightMask]], searched: tuple[str, ...]) -> None:
         super().__init__(masks)

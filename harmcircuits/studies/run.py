@@ -117,7 +117,7 @@ class Study:
         return tqdm(elements, desc=name, disable=not self.progress, leave=False)
 
     def begin(self, out: Path, *, resume: bool, force: bool) -> None:
-        """Prepare the folder for rows; an unfinished study there goes on."""
+        """Prepare the folder for rows; continue an unfinished study there."""
         refuse_study_folder(out, resume=resume, force=force)
         settings = {"model": self.model.name, **vars(self.settings), **self.model.details}
         if force:
