@@ -21,7 +21,8 @@ def frame_markdown(data: pandas.DataFrame) -> str:
 
 
 def between(page: str, name: str, *parts: str) -> str:
-    """A page with these parts between `<!-- NAME -->` and `<!-- /NAME -->`; as it is without them."""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    written = "\n\n".join([start, *parts, end])
-    return re.sub(f"{start}.*{end}", lambda _: written, page, flags=re.DOTALL)
+    """A page with these parts between `<!-- NAME -->` and `<!-- /NAME -->`, if it has such marks."""
+    start = f"<!-- {name} -->"
+    end = f"<!-- /{name} -->"
+    block = "\n\n".join([start, *parts, end])
+    return re.sub(f"{start}.*{end}", lambda _: block, page, flags=re.DOTALL)
