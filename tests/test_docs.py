@@ -96,6 +96,7 @@ GONE = {
     "analyses/search_bench.py",
     "analyses/search_defaults.py",
     "analyses/second_opinion.py",
+    "analyses/support/bench/methods.py",
     "analyses/support/bench/rounds.py",
 }
 
