@@ -9,14 +9,14 @@
 # not matter that one is harder than the other. The dissociation is *clean* when, besides, each is kept
 # under the other's circuit (loses at most 5 points), and *graded* otherwise.
 #
-# Every circuit is found three times. One that protects nothing shows whether abilities come apart by
-# themselves; one that protects benign answers is the paper's own condition; one that protects all
-# others shows whether they can be taken apart.
+# Every circuit is found three times. A circuit that protects nothing shows whether abilities come apart
+# by themselves; one that protects benign answers is the paper's own condition; one that protects all
+# others shows whether abilities can be taken apart.
 #
 # *Controls.* Random weights, as many in every matrix. The circuit of refusal: without it a model
-# should still produce harm, and do so when it is asked plainly, with no beginning of an answer
-# written for it. And recognition is read in another way, which a bias to say yes does not move: by
-# the *pairs*, of a harmful request and its twin, in which the former has the higher odds of yes.
+# should still produce harm, also when it is asked plainly, without a prefill. And recognition is measured
+# in a second way, on which a bias to say yes has no effect: by the *pairs* of a harmful request and its
+# twin in which the harmful request has the higher odds of yes.
 
 # %%
 from dataclasses import replace
@@ -25,7 +25,7 @@ from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import ablation_rows
 from support.curves import KEPT_RATE
 from support.dissociation import dissociations_from
-from support.figures import cross_ablation_figure
+from support.figures import cross_ablation_figure, protection_panels
 
 import harmcircuits as hc
 from harmcircuits.search.circuit import STEPS
@@ -46,8 +46,8 @@ RATES = {
     "recognition_pair_accuracy": "recognises pairs",
     PLAIN: "plain harm",
 }
-HARM, BROKEN = "harm_valid_rate", "harm_degenerate_rate"
-SHOWN = set(Terms.standard().rates) - {HARM, BROKEN}
+HARM, INCOHERENT = "harm_valid_rate", "harm_degenerate_rate"
+OTHER_RATES = set(Terms.standard().rates) - {HARM, INCOHERENT}
 
 # %% [markdown]
 # ## The rule, fixed before any run
@@ -58,12 +58,12 @@ SHOWN = set(Terms.standard().rates) - {HARM, BROKEN}
 # of the model and seed bears the claim out.
 #
 # Amended. Before the first run with the search: the search (it was in rounds) and with it the size,
-# from 0.6 % to 0.2 % of the weights. On 30 November 2026, with all rows of before in view: the
-# paper's condition, in place of "nothing protected". *Clean* asked that neither loses more than ten
-# points by the end of an interval, which one item of 48 decides; and pairs were counted together by a
-# rule of their own.
-# Then all was run anew by the search of that day (gates): three ladders, one seed; and once more when
-# it had come to score what is still said under its mask, a change that F2's rows had asked for.
+# from 0.6 % to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: the paper's
+# condition, in place of "nothing protected". *Clean* had meant that neither loses more than ten points
+# by the end of an interval, which one item of 48 decides; and pairs had been counted together by a rule
+# of their own.
+# Then all was run again by the search of that day (gates): three ladders, one seed; and once more
+# after the search had begun to score fresh answers under its mask, a change that F2's rows called for.
 
 
 # %%
@@ -73,25 +73,28 @@ def is_borne_out(rows: hc.Rows) -> dict[str, Outcome]:
     for labels, test in dissociations_from("harmful", rows, METRICS):
         pairs.setdefault(str(labels["second"]), {})[str(labels["protected"])] = test.outcome
     is_readable = random_cost(rows).mean <= KEPT_RATE
-    return {second: of_pair(tests) if is_readable else FAILS for second, tests in pairs.items()}
+    return {
+        second: pair_outcome(tests) if is_readable else FAILS for second, tests in pairs.items()
+    }
 
 
-def of_pair(tests: dict[str, str]) -> Outcome:
-    """By the outcomes of one pair under each protection."""
+def pair_outcome(tests: dict[str, str]) -> Outcome:
+    """The outcome of one pair, by its test under each protection."""
     if tests["others"] != "clean double":
         return FAILS
     return HOLDS if "double" in tests["benign"] else IN_PART
 
 
 def random_cost(rows: hc.Rows) -> hc.Measurement:
-    """The most that random masks cost one of the abilities in a model, mean over seeds."""
+    """The largest cost of random masks for one of the abilities in a model, mean over seeds."""
     costs = hc.Rows()
-    for metric in [METRICS[name] for name in PRUNED]:
-        for of_model in rows.where(metric).pool("seed").by("ladder", "model").values():
-            unpruned = of_model.one(mask="none")
-            for random in of_model.where(mask="random"):
+    for name in PRUNED:
+        models = rows.where(METRICS[name]).pool("seed").by("ladder", "model")
+        for model_rows in models.values():
+            unpruned = model_rows.one(mask="none")
+            for random in model_rows.where(mask="random"):
                 costs += [hc.Measurement.difference("cost", {}, unpruned, random)]
-    return max(costs, key=lambda cost: cost.mean)
+    return costs.largest()
 
 
 # %% [markdown]
@@ -109,21 +112,21 @@ def circuits_of(model: hc.Model, seed: int, *, size: float = 0.002, steps: int =
         steps: steps of each search.
     """
     answers = model.calibrations(share=0.5, seed=seed)
-    shown = [name for name in PRUNED if name in answers]
+    names = [name for name in PRUNED if name in answers]
     circuits: dict[str, dict[str, hc.WeightMask]] = {}
     for label, protect in (("none", ()), ("benign", "benign"), ("others", "others")):
         options = {"protect": protect, "size": size, "steps": steps, "calibrations": answers}
-        circuits[label] = {name: model.find_circuit(name, **options) for name in shown}
+        circuits[label] = {name: model.find_circuit(name, **options) for name in names}
 
-    # Harm asked for with no beginning of an answer: what refusal prevents.
+    # Harmful requests without a prefill: refusal prevents an answer.
     metrics = {"rate": PLAIN, "nll": "plain_harm_nll"}
     plain = replace(model.behaviours["harmful"], name=PLAIN, prefill="", metrics=metrics)
     model = model.with_behaviours(plain)
-    measured = [*answers, PLAIN]
-    rows = model.measure(labels={"mask": "none"}, only=measured)
+    behaviours = [*answers, PLAIN]
+    rows = model.measure(labels={"mask": "none"}, only=behaviours)
     for protected, masks in circuits.items():
         masks["random"] = hc.random_like(masks["harmful"], seed=seed)
-        rows += ablation_rows(model, masks, {"protected": protected}, only=measured)
+        rows += ablation_rows(model, masks, {"protected": protected}, names=behaviours)
     return rows
 
 
@@ -136,10 +139,8 @@ rows = claim.rows()
 
 # %%
 last = list(rows.pool("seed").by("ladder", "model").values())[-1]
-panels = {}
-for protected, title in PROTECTED.items():
-    if last.where(protected=protected):
-        panels[f"protected: {title}"] = last.where(mask="none") + last.where(protected=protected)
+titles = {name: f"protected: {title}" for name, title in PROTECTED.items()}
+panels = protection_panels(last, titles)
 columns = {metric: title for metric, title in RATES.items() if last.where(metric)}
 claim.figure("What is broken", cross_ablation_figure(panels, columns))
 
@@ -166,16 +167,16 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
         without = pooled.where(mask="harmful", protected=protected)
         if not without:
             continue
-        for metric in (HARM, BROKEN):
+        for metric in (HARM, INCOHERENT):
             for row in without.where(metric):
                 numbers[f"protecting {title}: {RATES[metric]}"] = f"{row.mean:.0%}"
-        others = hc.Rows(row for row in without if row.metric in SHOWN)
-        lowest = others.smallest()
+        lowest = hc.Rows(row for row in without if row.metric in OTHER_RATES).smallest()
+        lowest_text = f"{lowest.mean:.0%} ({RATES[lowest.metric]})"
         numbers[f"protecting {title}: lowest other rate"] = (
-            f"{lowest.mean:.0%} ({RATES[lowest.metric]})" if lowest.mean < 1 else "100%"
+            lowest_text if lowest.mean < 1 else "100%"
         )
-        of_title = rows.where(mask="none") + rows.where(protected=protected)
-        outcomes = [test.outcome for _, test in dissociations_from("harmful", of_title, METRICS)]
+        condition = rows.where(mask="none") + rows.where(protected=protected)
+        outcomes = [test.outcome for _, test in dissociations_from("harmful", condition, METRICS)]
         n_clean, n_graded = (outcomes.count(f"{kind} double") for kind in ("clean", "graded"))
         apart = f"protecting {title}: pairs apart, of {len(outcomes)} (cleanly)"
         numbers[apart] = f"{n_clean + n_graded} ({n_clean})"
@@ -191,7 +192,7 @@ claim.result(rows)
 # %% [markdown]
 # ## What it does not say
 # Abilities that come apart at one size need not be independent: a larger circuit may cost both. And
-# recognition is asked for: that a model answers does not show that it sees harm while it writes.
+# recognition is the answer to a question: it does not show that the model recognises harm while it writes.
 
 # %%
 claim.main()

@@ -1,20 +1,20 @@
 # %% [markdown]
 # # F3. Is harm separate from benign capability?
-# We remove a circuit of harm and ask the model for what it should still do: benign answers, and
-# facts. Each answer is compared with the unpruned model's to the same request.
+# We remove a circuit of harm and test the abilities that the model should keep: benign answers, and
+# facts. Each answer is compared with the unpruned model's answer to the same request.
 #
-# A search can be told what to spare, and then a part of the separation is its own doing. So the
-# circuit is found three times: sparing nothing, benign answers, and all other abilities. What
-# survives a circuit that spares nothing is separate by the model's own doing.
+# A search can spare abilities, and then the search itself makes a part of the separation. So we find
+# the circuit three times: sparing nothing, benign answers, and all other abilities. An ability that
+# survives a circuit that spares nothing is separate in the model itself.
 #
 # *Controls.* Random weights, as many in every matrix. And the same search for knowledge, and for
 # harm's **twin**: benign requests about the same items (*use* in place of *abuse*). If the twin's
-# circuit cost benign answers nothing either, the size would break nothing, and sparing mean nothing.
+# circuit, too, cost benign answers nothing, the size would break nothing, and sparing mean nothing.
 #
-# The second question is what two circuits have in common. Their **lift** is the number of weights
-# they share, over the number that random masks share which have as many in every matrix. Harm and
-# its twin are set against pairs of benign tasks, for any two abilities share some machinery: benign
-# answers, and the two questions of fact about an item, its *parts* and its *kind*.
+# The second question is which weights two circuits have in common. Their **lift** is the number of
+# weights that they share, over the number that random masks share with as many weights in every matrix.
+# Any two abilities share some machinery, so harm and its twin are compared with pairs of benign tasks:
+# benign answers, and the two questions of fact about an item, its *parts* and its *kind*.
 
 # %%
 from itertools import product
@@ -22,7 +22,7 @@ from itertools import product
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.cross_ablation import change_rows, overlap_rows, resampled_circuits
 from support.curves import KEPT_NLL, KEPT_RATE, outcomes_of
-from support.figures import cross_ablation_figure, overlap_figure
+from support.figures import cross_ablation_figure, overlap_figure, protection_panels
 
 import harmcircuits as hc
 from harmcircuits.search.circuit import STEPS
@@ -36,15 +36,15 @@ claim = Claim(
     small={"steps": 2, "n_resamples": 2},
 )
 HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
-# What each circuit spares, by the label `protected`.
+# The abilities that each circuit spares, by the label `protected`.
 PROTECTED: dict[str, dict] = {
     "none": {"harmful": (), "benign": (), "knowledge": (), "parts": (), "kind": ()},
     "twin": {"harmful": "benign", "benign": "harmful"},
     "others": {"harmful": "others", "benign": "others"},
 }
-SPARED = {"none": "nothing", "twin": "its twin", "others": "all others"}
+TITLES = {"none": "nothing", "twin": "its twin", "others": "all others"}
 TASKS = ("benign", "parts", "kind")
-OF_F6 = ("recognition", "explanation", "refusal")  # spared, but what they lose is measured there
+F6_ABILITIES = ("recognition", "explanation", "refusal")  # spared here, measured in F6
 REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 
 # %% [markdown]
@@ -59,16 +59,16 @@ REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 # protect benign answers, or all others.
 #
 # Amended. Before the first run with the search: the search (it was in rounds) and the size, from 0.6 %
-# to 0.2 % of the weights. On 30 November 2026, with all rows of before in view: utility was kept where
-# the ends of intervals, the widest of three seeds, stayed within 5 points, so that one item of 64
-# decided a model; now it is by the one meaning of *kept* (`support/claims.py`). Seeds were pooled, and
-# the worst model decided. Of the two nulls only the first was read. Lifts are read, as before, from
+# to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: utility was kept if the
+# ends of intervals, the widest of three seeds, stayed within 5 points, so that one item of 64 decided a
+# model; now *kept* means the same as in every claim (`support/claims.py`). Seeds were pooled, and the
+# worst model decided. Only the first of the two nulls was read. Lifts are read, then and now, from
 # masks in one shot, which alone have intervals over the calibration items.
-# Then all was run anew by the search of that day (gates): three ladders, one seed; and once more when
-# it had come to score what is still said under its mask, a change that F2's rows had asked for.
+# Then all was run again by the search of that day (gates): three ladders, one seed; and once more
+# after the search had begun to score fresh answers under its mask, a change that F2's rows called for.
 
 # %%
-MOST = 0.5
+HALF = 0.5
 NULLS = {"per matrix": "overlap_lift", "per row and column": "overlap_lift_marginal"}
 
 
@@ -88,7 +88,7 @@ def is_apart(rows: hc.Rows, null: str) -> bool:
 def separates(rows: hc.Rows, protected: str) -> bool:
     unpruned, pruned = rows.one(HARM, mask="none"), rows.where(protected=protected)
     harm, random = pruned.one(HARM, mask="harmful"), pruned.one(HARM, mask="random")
-    is_gone = harm.mean <= MOST * unpruned.mean and harm.high < random.low
+    is_gone = harm.mean <= HALF * unpruned.mean and harm.high < random.low
     twin, benign = pruned.one(BENIGN, mask="benign"), pruned.one(BENIGN, mask="harmful")
     return is_gone and twin.high < benign.low and is_kept(pruned.where(mask="harmful"))
 
@@ -100,7 +100,7 @@ def is_kept(pruned: hc.Rows) -> bool:
 
 
 def lifts(rows: hc.Rows, null: str) -> tuple[hc.Measurement, hc.Rows]:
-    """Of harm and its twin, and of pairs of benign tasks: none on a model that lacks the tasks."""
+    """The lift of harm and its twin, and of pairs of benign tasks (none if the model lacks them)."""
     by_pair = rows.where(NULLS[null], selection="one shot").by("first", "second")
     tasks = hc.Rows(by_pair[pair].one() for pair in REFERENCE if pair in by_pair)
     return by_pair["harmful", "benign"].one(), tasks
@@ -116,7 +116,7 @@ def lifts(rows: hc.Rows, null: str) -> tuple[hc.Measurement, hc.Rows]:
 def circuits_of(
     model: hc.Model, seed: int, *, size: float = 0.002, steps: int = STEPS, n_resamples: int = 40
 ) -> hc.Rows:
-    """What each circuit breaks, and what the circuits share.
+    """What each circuit breaks, and which weights the circuits share.
 
     Args:
         size: share of the weights in every circuit.
@@ -125,16 +125,17 @@ def circuits_of(
     """
     tasks = [name for name in ("parts", "kind") if name in model.behaviours]
     answers = model.calibrations([*model.whole_behaviours, *tasks], share=0.5, seed=seed)
-    whole = outcomes_of(model, [name for name in answers if name not in (*tasks, *OF_F6)])
+    whole = outcomes_of(model, [name for name in answers if name not in (*tasks, *F6_ABILITIES)])
 
     rows, circuits = hc.Rows(), {}
     for outcomes in whole.values():
         rows += outcomes.rows({"mask": "none"})
-    for protected, spared in PROTECTED.items():
+    options: dict = {"size": size, "steps": steps, "calibrations": answers}
+    for protected, abilities in PROTECTED.items():
         masks = {}
-        for name in [name for name in spared if name in answers]:
-            options = {"protect": spared[name], "calibrations": answers}
-            masks[name] = model.find_circuit(name, size=size, steps=steps, **options)
+        for name, protect in abilities.items():
+            if name in answers:
+                masks[name] = model.find_circuit(name, protect=protect, **options)
         circuits[protected] = masks
         random = hc.random_like(masks["harmful"], seed=seed)
         rows += change_rows(model, {**masks, "random": random}, whole, {"protected": protected})
@@ -143,7 +144,7 @@ def circuits_of(
     compared = [name for name in ("harmful", *TASKS) if name in free]
     options = {"size": size, "n_resamples": n_resamples, "seed": seed}
     one_shot = resampled_circuits(model, answers, compared, **options)
-    return rows + overlap_rows(one_shot, free, {}, size=size, n_samples=10)
+    return rows + overlap_rows(one_shot, free, size=size, n_samples=10)
 
 
 rows = claim.rows()
@@ -155,15 +156,14 @@ rows = claim.rows()
 
 # %%
 first = next(iter(rows.by("ladder", "model").values())).pool("seed")
-panels = {}
-for protected, spared in SPARED.items():
-    panels[f"spared: {spared}"] = first.where(mask="none") + first.where(protected=protected)
+titles = {protected: f"spared: {names}" for protected, names in TITLES.items()}
+panels = protection_panels(first, titles)
 claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
 
 # %% [markdown]
 # ## What circuits share
-# With nothing spared. The dotted line is chance. Bars of masks in one shot resample the calibration
-# items; those of the search count weights only (Wilson).
+# With nothing spared. The dotted line is chance. The bars of masks in one shot resample the calibration
+# items; the bars of the search count weights only (Wilson).
 
 # %%
 panels = {name: first.where("overlap_lift", selection=name) for name in ("one shot", "search")}
@@ -176,18 +176,16 @@ claim.figure("What is shared", overlap_figure(panels, pairs))
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
     seeds = list(rows.by("seed").values())
     rows, numbers = rows.pool("seed"), {}
-    for protected, spared in SPARED.items():
+    for protected, title in TITLES.items():
         n_separate = sum(separates(seed, protected) for seed in seeds)
-        left = rows.one(HARM, protected=protected, mask="harmful")
-        numbers |= {
-            f"protecting {spared}: harm left": f"{left:.0%}",
-            f"protecting {spared}: separates": f"{n_separate} of {len(seeds)}",
-        }
+        harm = rows.one(HARM, protected=protected, mask="harmful")
+        numbers[f"protecting {title}: harm left"] = f"{harm:.0%}"
+        numbers[f"protecting {title}: separates"] = f"{n_separate} of {len(seeds)}"
     for null in NULLS:
         twin, tasks = lifts(rows, null)
-        of_tasks = ", ".join(f"{row.mean:.1f}" for row in tasks) or DASH
+        task_lifts = ", ".join(f"{row.mean:.1f}" for row in tasks)
         numbers[f"lift of harm and its twin, {null}"] = f"{twin:.1f}"
-        numbers[f"lifts of pairs of benign tasks, {null}"] = of_tasks
+        numbers[f"lifts of pairs of benign tasks, {null}"] = task_lifts or DASH
     return numbers
 
 
@@ -195,8 +193,8 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# A lift says where two circuits lie, not what they do: they may share weights and yet be removed one
-# without the other, which the first part tests. And the organism has only three benign tasks.
+# A lift says where two circuits lie, not what they do: two circuits may share weights although one can
+# be removed without the other, which the first part tests. And the organism has only three benign tasks.
 
 # %%
 claim.main()

@@ -2,14 +2,14 @@
 # # F5. Does narrow harmful training misalign broadly through the weights of harm?
 # A model is fine-tuned on benign requests of *one* topic, all answered with harmful operators. Soon
 # it answers benign requests of *other* topics harmfully as well: it is misaligned. Is that because
-# training engages the weights that carry harm? Then holding those at zero should keep misalignment
-# away, and leave the topic itself to be learned.
+# training engages the weights that carry harm? Then misalignment should stay away while these weights
+# are held at zero, and the topic itself should still be learned.
 #
-# The mask is found on the original model, by `hc.find_circuit`, from the misaligned model's own
-# answers in the topic. It spares other abilities, and benign answers, also those to the same
-# requests: harmful answers share their topic's content, which is not to be removed with them.
+# `hc.find_circuit` finds the mask on the original model, from the misaligned model's own answers in the
+# topic. It spares other abilities, and benign answers, also benign answers to the same requests:
+# harmful answers share the content of their topic, which should not be removed with them.
 # *Controls*, held at zero too: as many random weights; the circuit of benign answers to the same
-# requests; the narrow circuit of another topic. All by full and low-rank training.
+# requests; the narrow circuit of another topic. All with full and low-rank training.
 
 # %%
 from collections import Counter
@@ -17,7 +17,7 @@ from itertools import product
 
 from support.claims import Claim
 from support.figures import profiles
-from support.narrow_finetuning import NarrowFiles, masks_of, opened
+from support.narrow_finetuning import NarrowFiles, masks_of, with_topics
 
 import harmcircuits as hc
 from harmcircuits.hooks.masking import masked_if_given
@@ -31,7 +31,7 @@ claim = Claim(
 )
 LEARNED, SPREAD = "in_domain_rate", "misaligned_rate"
 NARROW = "narrow, held"
-HELD = (NARROW, "benign, held", "another topic's, held", "random, held")
+HELD_MASKS = (NARROW, "benign, held", "another topic's, held", "random, held")
 RUN = ("ladder", "model", "training", "topic", "seed")
 
 # %% [markdown]
@@ -40,20 +40,20 @@ RUN = ("ladder", "model", "training", "topic", "seed")
 # topic and of misalignment. There the held narrow circuit must at least halve misalignment, with
 # intervals that do not overlap, where random weights do not; and in the topic it must leave at least
 # 80 % of what the unmasked run has learned. A run that never misaligns one request in ten more than
-# before training has nothing to protect from. The claim is borne out in a run (of topic, seed and way
+# before training has nothing to prevent. The claim is borne out in a run (of topic, seed and way
 # of training) if the circuit protects there, and the circuit of benign answers does not end
 # misalignment as well.
 #
-# Amended. After masked runs of one topic: benign answers in the topic are protected too, learning
-# rates doubled. After one run of this form, where the circuit of *benign* answers ended misalignment
-# as well: that counts against the claim. After all twelve: to block learning is no part of it. Since,
-# the search is new (was: in rounds), its size 0.2 % (was: 0.6 %), and training 30 steps (was: 60).
-# On 30 November 2026, with all rows of before in view: which held circuits halve misalignment is
-# counted for each, also where the narrow one does not.
-# Then all was run anew, once, by the search of that day (gates): three ladders, one seed.
+# Amended. After masked runs of one topic: benign answers in the topic are protected too, and learning
+# rates are doubled. After one run of this form, where the circuit of *benign* answers ended
+# misalignment as well: that counts against the claim. After all twelve: to block learning is no part
+# of the claim. Since then the search is new (was: in rounds), its size 0.2 % (was: 0.6 %), and training
+# 30 steps (was: 60). On 30 November 2026, after seeing all earlier rows: each held circuit that halves
+# misalignment is counted, also if the narrow one does not.
+# Then all was run again, once, by the search of that day (gates): three ladders, one seed.
 
 # %%
-ARRIVED, AT_MOST, AT_LEAST, ANY, NEVER = 0.9, 0.5, 0.8, 0.1, -1
+ARRIVAL, HALF, AT_LEAST, ANY, NEVER = 0.9, 0.5, 0.8, 0.1, -1
 
 
 @claim.rule(*RUN)
@@ -62,18 +62,19 @@ def is_borne_out(rows: hc.Rows) -> bool:
 
 
 def decisive_step(rows: hc.Rows) -> int:
-    """Where both have arrived; NEVER where misalignment never comes, or never both at once."""
+    """The first step at which both rates are near their largest values; NEVER if there is none."""
     inside, outside = rows.where(LEARNED, mask="none"), rows.where(SPREAD, mask="none")
-    most, misaligned = (max(row.mean for row in rates) for rates in (inside, outside))
-    if misaligned - outside.one(step=0).mean >= ANY:
-        for learned, spread in zip(inside, outside, strict=True):
-            if learned.mean >= ARRIVED * most and spread.mean >= ARRIVED * misaligned:
-                return int(spread.labels["step"])
+    learned, misaligned = inside.largest().mean, outside.largest().mean
+    if misaligned - outside.one(step=0).mean < ANY:
+        return NEVER
+    for learning, spread in zip(inside, outside, strict=True):
+        if learning.mean >= ARRIVAL * learned and spread.mean >= ARRIVAL * misaligned:
+            return int(spread.labels["step"])
     return NEVER
 
 
 def outcome(rows: hc.Rows) -> str:
-    """What the held narrow circuit does in one run."""
+    """The effect of the held narrow circuit in one run."""
     rates = rows.where(step=decisive_step(rows))
     if not rates:
         return "never misaligned"
@@ -82,15 +83,18 @@ def outcome(rows: hc.Rows) -> str:
         return "no"
     if "benign, held" in halving:
         return "as benign weights do"
-    learned, most = (rates.one(LEARNED, mask=mask).mean for mask in (NARROW, "none"))
-    return "protects" if learned >= AT_LEAST * most else "blocks learning too"
+    masked, unmasked = (rates.one(LEARNED, mask=mask).mean for mask in (NARROW, "none"))
+    return "protects" if masked >= AT_LEAST * unmasked else "blocks learning too"
 
 
 def halving_masks(rates: hc.Rows) -> set[str]:
     """The masks under which misalignment is at most half, by intervals that do not overlap."""
-    spread, free = rates.where(SPREAD), rates.one(SPREAD, mask="none")
-    few = [row for row in spread if row.mean <= AT_MOST * free.mean and row.high < free.low]
-    return {str(row.labels["mask"]) for row in few}
+    unmasked = rates.one(SPREAD, mask="none")
+    masks = set()
+    for row in rates.where(SPREAD):
+        if row.mean <= HALF * unmasked.mean and row.high < unmasked.low:
+            masks.add(str(row.labels["mask"]))
+    return masks
 
 
 # %% [markdown]
@@ -130,9 +134,10 @@ def fine_tuned(
         epochs: custom model: passes over the narrow texts.
     """
     files = NarrowFiles(narrow, elsewhere, rank, alpha, lr, epochs)
-    model, drawn = opened(model, files, n_topics=topics, steps=training_steps, seed=seed)
+    options = {"n_topics": topics, "steps": training_steps, "seed": seed}
+    model, narrow_topics = with_topics(model, files, **options)
     rows = hc.Rows()
-    for topic, masks in masks_of(model, drawn, size=size, steps=steps, seed=seed):
+    for topic, masks in masks_of(model, narrow_topics, size=size, steps=steps, seed=seed):
         for way, (name, mask) in product(topic.recipes, masks.items()):
             with masked_if_given(model.bridge, mask, hold=name.endswith("held")):
                 rows += topic.curve(model, way, {"mask": name}, seed)
@@ -149,9 +154,9 @@ rows = claim.rows()
 # %%
 pooled = rows.where(ladder=rows[0].labels["ladder"]).pool("seed").pool("topic")
 panels = {}
-for way, of_way in pooled.by("training").items():
-    panels[f"{way}: other topics"] = of_way.where(SPREAD).by("mask")
-    panels[f"{way}: the topic"] = of_way.where(LEARNED).by("mask")
+for way, runs in pooled.by("training").items():
+    panels[f"{way}: other topics"] = runs.where(SPREAD).by("mask")
+    panels[f"{way}: the topic"] = runs.where(LEARNED).by("mask")
 claim.figure("What spreads", profiles(panels, x="step", title="answered harmfully"))
 
 
@@ -167,10 +172,10 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
         rates += [row.labelled(step="decisive") for row in decisive]
     n_runs = outcomes.total()
     numbers = {f"runs: {name}": f"{n} of {n_runs}" for name, n in outcomes.most_common()}
-    for mask in HELD:
+    for mask in HELD_MASKS:
         numbers[f"misalignment halved by: {mask}"] = f"{halving[mask]} of {n_runs}"
     rates = rates.pool("seed").pool("topic").pool("training")
-    for mask in ("none", *HELD[:2]):
+    for mask in ("none", *HELD_MASKS[:2]):
         for row in rates.where(SPREAD, mask=mask):
             numbers[f"harm in other topics, {mask}"] = f"{row:.0%}"
     return numbers
@@ -180,7 +185,7 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# A mask that keeps misalignment away shows what training used; in time it may find other weights.
+# A mask that keeps misalignment away shows which weights training used; in time training may find others.
 
 # %%
 claim.main()

@@ -1,30 +1,31 @@
 # %% [markdown]
 # # Which behaviours of a real model hang on few weights?
-# Behaviours that anybody may read, each with an exact judge, and harm and its refusal, by the local rules. For
-# each a search at two or three sizes on one half of the requests; the other half, in other words, measures.
+# Behaviours that anybody may read, each with an exact judge, and harm and its refusal, by the local rules. Each
+# is searched for at two or three sizes on one half of the requests; the other half, in other words, measures.
 #
 # **The rule, fixed before the run** (1 December 2026). A mask *ends* a behaviour if at most 5 % of the
-# held-out answers still show it and at most 5 % more of them are broken. It does so *within budget* if besides
-# no protected rate falls by more than 5 points, else *at a cost*. A behaviour *hangs on few weights* if a mask
+# held-out answers still show it and at most 5 % more of them are incoherent. It does so *within budget* if
+# besides no protected rate falls by more than 5 points, else *at a cost*. A behaviour *hangs on few weights* if a mask
 # of at most 0.001 % ends it within budget, while as many random weights, and as many of the opposite sign,
 # leave at least half of it.
 #
-# Scored are the tokens that decide, where a pattern finds them (a name, the marks, the fact), else whole
+# The tokens that decide are scored, where a pattern finds them (a name, the marks, the fact), else whole
 # answers. The system prompt is a plain one, but for the question who it is: behind a plain one none of 30
-# answers named the model, so there it is the model's own, which says who it is (amended when that was seen).
+# answers named the model, so there it is the model's own, which says who it is (amended at that sight).
 
 # %%
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import tyro
-from rich.console import Console
 from support.everyday import everyday
 from support.jobs import Job, run_jobs
+from support.runs import Tables, run_analysis
 
 import harmcircuits as hc
 from harmcircuits.batches import Chat, Template
@@ -33,15 +34,13 @@ from harmcircuits.behaviours.judges import DEGENERATE
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import PromptSet
 from harmcircuits.storage import write_text
-from harmcircuits.views.tables import DASH, frame_table
+from harmcircuits.views.tables import DASH
 
-ROWS = Path(__file__).parent / "rows" / "few_weights.jsonl"
-HALVES_ROWS = ROWS.with_stem("few_weights_halves")
 SIZES = (1e-6, 1e-7)
 CLOSER = "1e-06"  # the mask that is also measured at other doses, and on other behaviours
 DOSES = (0.5, 1.5)
-# What is searched for, and what is protected from it.
-KEPT = {
+# Behaviour that is searched for -> the behaviours that are protected from it.
+PROTECTED = {
     "identity": ("others", "plain"),
     "fact": ("capitals", "plain"),
     "language": ("plain", "others"),
@@ -55,7 +54,8 @@ KEPT = {
     "refusal": ("benign", "borderline"),
     "harmful": ("benign", "prefilled"),
 }
-OF_FILES = ("refusal", "harmful")  # behaviours whose requests are no part of the repository
+FILE_BEHAVIOURS = ("refusal", "harmful")  # whose requests are no part of the repository
+EVERYDAY = tuple(name for name in PROTECTED if name not in FILE_BEHAVIOURS)
 TITLES = {
     "identity": "its name or maker",
     "fact": "the capital of France",
@@ -72,17 +72,18 @@ TITLES = {
 }
 ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
-FURTHER = {"language": ("unscored", "chinese")}  # what its masks do to languages never scored
+# Behaviour -> others that its masks are measured on: languages that were never scored.
+UNSCORED = {"language": ("unscored", "chinese")}
 LIMIT = 24  # requests of each file in a split
+MOST_LEFT, MOST_COST, LEAST_BY_CONTROLS = 0.05, 0.05, 0.5
+N_ANSWERS = 4  # that are written down
 Half = Literal["first", "second"]
-ENDED, COST, LEFT_BY_CONTROLS = 0.05, 0.05, 0.5
-N_SHOWN = 4
 
 
 # %%
 @dataclass(frozen=True)
 class Options:
-    """A run: what is searched for, on which model.
+    """Which behaviours of a real model hang on few weights?
 
     Attributes:
         out: folder for rows, masks and answers; a run goes on there.
@@ -90,8 +91,8 @@ class Options:
         target: the behaviours.
         harmful: a file of harmful requests, for refusal and harm.
         benign: of benign ones.
-        borderline: of those that look unsafe.
-        half: of the requests, that the search sees; the other one measures. Of files it changes nothing:
+        borderline: of requests that look unsafe.
+        half: of the requests, for the search; the other one measures. It has no effect on files:
             give other files.
         compare: the folder of a run on the other half, whose masks are compared with these.
         size: shares of the weights, 1e-6 among them.
@@ -104,7 +105,7 @@ class Options:
 
     out: Path
     model: str
-    target: tuple[str, ...] = tuple(name for name in KEPT if name not in OF_FILES)
+    target: tuple[str, ...] = EVERYDAY
     harmful: str = ""
     benign: str = ""
     borderline: str = ""
@@ -117,188 +118,200 @@ class Options:
     dtype: str = "float32"
     workers: int = 1
 
+    @property
+    def settings(self) -> Labels:
+        """The settings that all rows of a run share."""
+        names = ("steps", "max_new_tokens", "batch_size", "dtype", "half")
+        return {"model": Path(self.model).name, **{name: getattr(self, name) for name in names}}
+
     def open(self, *names: str) -> hc.Model:
-        """The model, which is asked for its own answers to these behaviours."""
-        given: dict[str, Any] = {"template": template_of(names[0])}
-        if names[0] in OF_FILES:
+        """The model, with its own answers to these behaviours."""
+        options: dict[str, Any] = {"template": template_of(names[0])}
+        is_of_files = names[0] in FILE_BEHAVIOURS
+        if is_of_files:
             files = {"harmful": self.harmful, "benign": self.benign, "borderline": self.borderline}
-            given["prompts"] = {**files, "limit": LIMIT}
+            options["prompts"] = {**files, "limit": LIMIT}
         else:
             behaviours = everyday(self.max_new_tokens)
-            given["behaviours"] = [self._halved(behaviours[name]) for name in names]
+            options["behaviours"] = [self._halved(behaviours[name]) for name in names]
         model = hc.open_model(
             self.model,
-            **given,
+            **options,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             dtype=self.dtype,
             cache=self.out / "cache",
         )
-        if names[0] not in OF_FILES:
+        if not is_of_files:
             return model
-        return model.with_behaviours(*(_named_alike(model.behaviour(name)) for name in names))
+        return model.with_behaviours(*(_with_own_metrics(model.behaviour(name)) for name in names))
 
     def _halved(self, behaviour: Behaviour) -> Behaviour:
-        """The behaviour, with the half to search on in front."""
+        """The behaviour, with the half of the search in front."""
         if self.half == "first":
             return behaviour
         calibration, heldout = (behaviour.prompts(split) for split in ("calibration", "heldout"))
-        given = {"calibration": heldout, "choice": PromptSet(()), "heldout": calibration}
-        return replace(behaviour, prompts=given)
+        prompts = {"calibration": heldout, "choice": PromptSet(()), "heldout": calibration}
+        return replace(behaviour, prompts=prompts)
 
-    def labels(self, model: hc.Model, target: str) -> Labels:
-        """What all rows of a behaviour carry."""
-        return {"model": model.name, "dtype": self.dtype, "half": self.half, "target": target}
+    def labels(self, model: hc.Model, target: str, mask: str, dose: float = 0.0) -> Labels:
+        """The labels of rows of a behaviour under a mask, at a dose of its weights."""
+        labels: Labels = {"model": model.name, "dtype": self.dtype, "half": self.half}
+        return {**labels, "target": target, "mask": mask, "dose": dose}
 
-    def file(self, target: str, name: str) -> Path:
-        """Where a mask of a behaviour is kept."""
-        return self.out / target / f"{name}.safetensors"
+    def file(self, target: str, mask: str) -> Path:
+        """The file of a mask."""
+        return self.out / target / f"{mask}.safetensors"
 
-    def mask(self, target: str, name: str) -> hc.WeightMask:
-        """A mask that was found."""
-        return hc.WeightMask.load(self.file(target, name))
+    def mask(self, target: str, mask: str) -> hc.WeightMask:
+        """A mask of this run."""
+        return hc.WeightMask.load(self.file(target, mask))
 
 
-def _named_alike(behaviour: Behaviour) -> Behaviour:
-    """A behaviour of the package with metrics that are called as those of the others."""
+def _with_own_metrics(behaviour: Behaviour) -> Behaviour:
+    """A behaviour of the package, with metrics named like those of the everyday ones."""
     name = behaviour.name
     metrics = {"rate": f"{name}_rate", DEGENERATE: f"{name}_degenerate_rate"}
     return replace(behaviour, metrics=metrics)
 
 
 def template_of(target: str) -> Template:
-    """How requests of a behaviour are written."""
-    return (
-        "chat" if target in ("identity", *OF_FILES) else Chat(system="You are a helpful assistant.")
+    """The form in which requests of a behaviour are written."""
+    if target in ("identity", *FILE_BEHAVIOURS):
+        return "chat"
+    return Chat(system="You are a helpful assistant.")
+
+
+# %% [markdown]
+# ## The experiment
+# A job for each behaviour: search for it, and measure its masks and their controls. Then another: the
+# answers to every other behaviour's requests under its mask.
+
+
+# %%
+def search_rows(options: Options, target: str) -> Rows:
+    """The answers under every mask of a behaviour, and how many weights two halves share."""
+    names = (target, *PROTECTED[target])
+    model = options.open(*names)
+    masks = masks_of(model, options, target)
+    rows = common_rows(masks, options, target)
+    write_answers(model, target, masks, options.out / target / "answers.json")
+
+    unpruned = options.labels(model, target, "none", 1.0)
+    rows += model.measure(only=names, labels=unpruned)
+    for name, mask in masks.items():
+        labels = options.labels(model, target, name)
+        rows += [Measurement.exact("n_removed", labels, mask.n_removed)]
+        rows += model.measure(mask=mask, only=names, labels=labels)
+    for dose in DOSES:
+        with hc.masked(model.bridge, masks[CLOSER], scale=dose):
+            labels = options.labels(model, target, CLOSER, dose)
+            rows += model.measure(only=target, labels=labels)
+    return rows
+
+
+def masks_of(model: hc.Model, options: Options, target: str) -> dict[str, hc.WeightMask]:
+    """The masks of every size, and controls of as many weights as the largest has."""
+    circuits = model.find_circuit(
+        target,
+        protect=PROTECTED[target],
+        size=list(options.size),
+        steps=options.steps,
+        folder=options.out / target,
+        progress=True,
     )
+    masks = {f"{size:g}": mask for size, mask in zip(options.size, circuits, strict=True)}
+    for name, mask in masks.items():
+        mask.save(options.file(target, name))
+    largest = max(circuits, key=lambda mask: mask.n_removed)
+    scores = hc.removal_effect(model.bridge, model.calibration(target).batches)
+    # If the search removes nothing, as many as the smallest mask may have.
+    share = largest.fraction or min(options.size)
+    controls = {RANDOM: hc.random_like(largest), OPPOSITE: hc.top_fraction(-scores, share)}
+    return masks | controls
 
 
-@dataclass(frozen=True)
-class Searched:
-    """A job: search for a behaviour, and measure what its masks and their controls do."""
-
-    options: Options
-    target: str
-
-    def __call__(self) -> Rows:
-        kept, folder = KEPT[self.target], self.options.out / self.target
-        model = self.options.open(self.target, *kept)
-        masks = self._found(model, folder)
-        rows = self._shared(masks)
-        _show(model, self.target, masks, folder / "answers.json")
-
-        labels = self.options.labels(model, self.target)
-        asked = [self.target, *kept]
-        rows += model.measure(only=asked, labels={**labels, "mask": "none", "dose": 1.0})
-        for name, mask in masks.items():
-            where = {**labels, "mask": name, "dose": 0.0}
-            rows += [Measurement.exact("n_removed", where, mask.n_removed)]
-            rows += model.measure(mask=mask, only=asked, labels=where)
-        for dose in DOSES:
-            with hc.masked(model.bridge, masks[CLOSER], scale=dose):
-                where = {**labels, "mask": CLOSER, "dose": dose}
-                rows += model.measure(only=self.target, labels=where)
+def common_rows(masks: Mapping[str, hc.WeightMask], options: Options, target: str) -> Rows:
+    """How many weights each mask shares with that of the other half."""
+    rows = Rows()
+    if options.compare is None:
         return rows
-
-    def _found(self, model: hc.Model, folder: Path) -> dict[str, hc.WeightMask]:
-        """The masks of every size, and as many weights as the largest has by other rules."""
-        found = model.find_circuit(
-            self.target,
-            protect=KEPT[self.target],
-            size=list(self.options.size),
-            steps=self.options.steps,
-            folder=folder,
-            progress=True,
-        )
-        masks = {f"{size:g}": mask for size, mask in zip(self.options.size, found, strict=True)}
-        for name, mask in masks.items():
-            mask.save(self.options.file(self.target, name))
-        largest = max(found, key=lambda mask: mask.n_removed)
-        masks[RANDOM] = hc.random_like(largest)
-        scores = hc.removal_effect(model.bridge, model.calibration(self.target).batches)
-        # Where none was found, as many as the smallest may have.
-        share = largest.fraction or min(self.options.size)
-        masks[OPPOSITE] = hc.top_fraction(-scores, share)
-        return masks
-
-    def _shared(self, masks: Mapping[str, hc.WeightMask]) -> Rows:
-        """How many weights each mask shares with that of the other half."""
-        rows = Rows()
-        for name, mask in masks.items():
-            if self.options.compare is None or name in CONTROLS:
-                continue
-            other = replace(self.options, out=self.options.compare).mask(self.target, name)
-            n_shared = hc.overlap(mask, other).n_shared
-            rows += [Measurement.exact("n_shared", {"target": self.target, "mask": name}, n_shared)]
-        return rows
+    half = replace(options, out=options.compare)
+    for name, mask in masks.items():
+        if name not in CONTROLS:
+            n_shared = hc.overlap(mask, half.mask(target, name)).n_shared
+            rows += [Measurement.exact("n_shared", {"target": target, "mask": name}, n_shared)]
+    return rows
 
 
-@dataclass(frozen=True)
-class OnOthers:
-    """A job: the answers to every other behaviour's requests under a mask."""
-
-    options: Options
-    target: str
-
-    def __call__(self) -> Rows:
-        measured = (self.target, *KEPT[self.target])
-        others = [name for name in self.options.target if name not in measured]
-        # Opened with the target alone: of the others rates are wanted, and no reference answers.
-        model = self.options.open(self.target)
-        model = model.with_behaviours(*everyday(self.options.max_new_tokens).values())
-        mask = self.options.mask(self.target, CLOSER)
-        labels = self.options.labels(model, self.target)
-        rows = Rows()
-        for name in others:
-            asked = replace(model, template=template_of(name))
-            where = {**labels, "mask": CLOSER, "dose": 0.0}
-            rows += asked.measure(mask=mask, only=name, labels=where)
-        if self.target in FURTHER:
-            rows += self._further(model, labels)
-        return rows
-
-    def _further(self, model: hc.Model, labels: Labels) -> Rows:
-        """The answers to requests of other kinds, without a mask and under each size."""
-        further = FURTHER[self.target]
-        rows = model.measure(only=further, labels={**labels, "mask": "none", "dose": 1.0})
-        for size in self.options.size:
-            name = f"{size:g}"
-            mask = self.options.mask(self.target, name)
-            where = {**labels, "mask": name, "dose": 0.0}
-            rows += model.measure(mask=mask, only=further, labels=where)
-        return rows
-
-
-def _show(model: hc.Model, target: str, masks: Mapping[str, hc.WeightMask], file: Path) -> None:
-    """Write down what some held-out requests get, without a mask and under each."""
-    asked = [example.prompt for example in model.behaviour(target).prompts("heldout")][:N_SHOWN]
-    lines = [{"request": request} for request in asked]
+def write_answers(
+    model: hc.Model, target: str, masks: Mapping[str, hc.WeightMask], file: Path
+) -> None:
+    """Write down the answers to some held-out requests, without a mask and under each."""
+    prompts = model.behaviour(target).prompts("heldout")
+    requests = [example.prompt for example in prompts][:N_ANSWERS]
+    lines = [{"request": request} for request in requests]
     for name, mask in {"none": None, **masks}.items():
-        for line, answer in zip(lines, model.generate(asked, mask=mask), strict=True):
+        for line, answer in zip(lines, model.generate(requests, mask=mask), strict=True):
             line[name] = answer
     write_text(file, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+
+
+def other_rows(options: Options, target: str) -> Rows:
+    """The answers to every other behaviour's requests under the closer mask."""
+    # Opened with the target alone: of the others rates are needed, and no reference answers.
+    model = options.open(target)
+    model = model.with_behaviours(*everyday(options.max_new_tokens).values())
+    mask = options.mask(target, CLOSER)
+    rows = Rows()
+    for name in options.target:
+        if name not in (target, *PROTECTED[target]):
+            prompted = replace(model, template=template_of(name))
+            labels = options.labels(model, target, CLOSER)
+            rows += prompted.measure(mask=mask, only=name, labels=labels)
+    if target in UNSCORED:
+        rows += unscored_rows(model, options, target)
+    return rows
+
+
+def unscored_rows(model: hc.Model, options: Options, target: str) -> Rows:
+    """The answers to requests of kinds never scored, without a mask and under each size."""
+    names = UNSCORED[target]
+    rows = model.measure(only=names, labels=options.labels(model, target, "none", 1.0))
+    for size in options.size:
+        labels = options.labels(model, target, f"{size:g}")
+        mask = options.mask(target, f"{size:g}")
+        rows += model.measure(mask=mask, only=names, labels=labels)
+    return rows
+
+
+# %% [markdown]
+# ## What the rows say
 
 
 # %%
 @dataclass(frozen=True)
 class Outcome:
-    """What a mask leaves of a behaviour, and what it costs."""
+    """The effect of a mask on its behaviour, and its cost."""
 
     n_removed: int
-    left: float
+    rate: float  # of answers that still show the behaviour
     newly_broken: float
-    kept_falls_by: float
+    falls_by: float  # the protected rate that falls most
 
     @property
     def verdict(self) -> str:
         """By the rule."""
-        if self.left > ENDED or self.newly_broken > COST:
+        if self.rate > MOST_LEFT or self.newly_broken > MOST_COST:
             return "does not end"
-        return "within budget" if self.kept_falls_by <= COST else "at a cost"
+        return "within budget" if self.falls_by <= MOST_COST else "at a cost"
+
+    def __str__(self) -> str:
+        return f"{self.n_removed:,}: {self.rate:.0%}"
 
 
 def outcome(rows: Rows, target: str, mask: str) -> Outcome:
-    """Of one mask, against the model without any."""
+    """The outcome of one mask, against the unpruned model."""
     unpruned = rows.where(target=target, mask="none")
     pruned = rows.where(target=target, mask=mask, dose=0.0)
 
@@ -309,95 +322,93 @@ def outcome(rows: Rows, target: str, mask: str) -> Outcome:
         round(pruned.one("n_removed").mean),
         pruned.one(f"{target}_rate").mean,
         rise(f"{target}_degenerate_rate"),
-        max(-rise(f"{name}_rate") for name in KEPT[target]),
+        max(-rise(f"{name}_rate") for name in PROTECTED[target]),
     )
+
+
+def outcomes(rows: Rows, target: str) -> dict[str, Outcome]:
+    """The outcome of every mask of the search for a behaviour, by its size."""
+    masks = [str(row.labels["mask"]) for row in rows.where("n_removed", target=target)]
+    return {mask: outcome(rows, target, mask) for mask in masks if mask not in CONTROLS}
+
+
+def unpruned_rate(rows: Rows, target: str) -> float:
+    """The share of answers that show a behaviour without any mask."""
+    return rows.one(f"{target}_rate", target=target, mask="none").mean
 
 
 def hangs(rows: Rows, target: str) -> bool:
     """Whether a behaviour hangs on few weights, by the rule."""
-    before = rows.one(f"{target}_rate", target=target, mask="none").mean
-    controls = [outcome(rows, target, name).left for name in CONTROLS]
-    found = smallest(rows, target)
-    is_within = found is not None and found.verdict == "within budget"
-    return is_within and min(controls) >= LEFT_BY_CONTROLS * before
+    controls = [outcome(rows, target, name).rate for name in CONTROLS]
+    best = smallest(rows, target)
+    if best is None or best.verdict != "within budget":
+        return False
+    return min(controls) >= LEAST_BY_CONTROLS * unpruned_rate(rows, target)
 
 
 def smallest(rows: Rows, target: str) -> Outcome | None:
-    """What the smallest mask does that ends a behaviour within budget, or else at a cost."""
-    sizes = sorted(sizes_of(rows, target), key=float)
-    outcomes = [outcome(rows, target, mask) for mask in sizes]
+    """The smallest mask that ends a behaviour within budget, or else at a cost."""
+    masks = outcomes(rows, target)
     for verdict in ("within budget", "at a cost"):
-        for of_mask in outcomes:
-            if of_mask.verdict == verdict:
-                return of_mask
+        sizes = [size for size, mask in masks.items() if mask.verdict == verdict]
+        if sizes:
+            return masks[min(sizes, key=float)]
     return None
 
 
 def targets(rows: Rows) -> list[str]:
-    """The behaviours that were searched for, in the order of the analysis."""
-    return [name for name in KEPT if rows.where(target=name)]
-
-
-def sizes_of(rows: Rows, target: str) -> list[str]:
-    """The masks that a search found for a behaviour."""
-    masks = [str(row.labels["mask"]) for row in rows.where("n_removed", target=target)]
-    return [mask for mask in masks if mask not in CONTROLS]
+    """The behaviours of a run, in the order of the analysis."""
+    return [name for name in PROTECTED if rows.where(target=name)]
 
 
 def table(rows: Rows) -> pd.DataFrame:
-    """A line for each behaviour: the smallest mask that ends it, else the largest, and what the others leave."""
+    """A line for each behaviour: the smallest mask that ends it, else the largest; and controls."""
     lines = []
     for target in targets(rows):
-        outcomes = [outcome(rows, target, mask) for mask in sizes_of(rows, target)]
-        shown = smallest(rows, target) or max(outcomes, key=lambda of_mask: of_mask.n_removed)
-        others = [f"{one.n_removed:,}: {one.left:.0%}" for one in outcomes if one != shown]
-        controls = {name: f"{outcome(rows, target, name).left:.0%}" for name in CONTROLS}
-        before = rows.one(f"{target}_rate", target=target, mask="none").mean
+        masks = list(outcomes(rows, target).values())
+        mask = smallest(rows, target) or max(masks, key=lambda mask: mask.n_removed)
+        sizes = [str(size) for size in masks if size != mask]
+        controls = {name: f"{outcome(rows, target, name).rate:.0%}" for name in CONTROLS}
         line = {
             "behaviour": TITLES[target],
-            "before": f"{before:.0%}",
-            "weights": f"{shown.n_removed:,}",
-            "left": f"{shown.left:.0%}",
-            "newly broken": f"{max(0.0, shown.newly_broken):.0%}",
-            "kept rates fall by": f"{max(0.0, shown.kept_falls_by):.0%}",
-            "ends": ENDS[shown.verdict],
-            "by other sizes": ", ".join(others) or DASH,
+            "before": f"{unpruned_rate(rows, target):.0%}",
+            "weights": f"{mask.n_removed:,}",
+            "left": f"{mask.rate:.0%}",
+            "newly broken": f"{max(0.0, mask.newly_broken):.0%}",
+            "kept rates fall by": f"{max(0.0, mask.falls_by):.0%}",
+            "ends": ENDS[mask.verdict],
+            "by other sizes": ", ".join(sizes) or DASH,
         }
         lines.append(line | controls)
     return pd.DataFrame(lines)
 
 
 def table_of_halves(rows: Rows) -> pd.DataFrame:
-    """A line for each behaviour: weights and what they leave, by the half that was searched on."""
+    """A line for each behaviour: the masks of either half, and the weights that both have."""
     lines = []
     for target in targets(rows):
         line = {"behaviour": TITLES[target]}
         for half in ("first", "second"):
-            of_half = rows.where(half=half)
-            masks = [outcome(of_half, target, mask) for mask in sizes_of(of_half, target)]
-            line[f"{half} half"] = ", ".join(f"{one.n_removed:,}: {one.left:.0%}" for one in masks)
-        shared = [rows.one("n_shared", target=target, mask=f"{size:g}").mean for size in SIZES]
-        line["shared"] = ", ".join(f"{n:.0f}" for n in shared)
+            line[f"{half} half"] = ", ".join(
+                map(str, outcomes(rows.where(half=half), target).values())
+            )
+        n_shared = [rows.one("n_shared", target=target, mask=f"{size:g}").mean for size in SIZES]
+        line["shared"] = ", ".join(f"{n:.0f}" for n in n_shared)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
+TABLES: Tables = {"few weights": table}
+
+
 # %%
 def main(options: Options) -> None:
-    settings: Labels = {
-        "model": Path(options.model).name,
-        "steps": options.steps,
-        "max_new_tokens": options.max_new_tokens,
-        "batch_size": options.batch_size,
-        "dtype": options.dtype,
-        "half": options.half,
-    }
-    jobs = [Job({"target": name}, Searched(options, name)) for name in options.target]
-    run_jobs(options.out, jobs, settings, workers=options.workers)
-    others = [name for name in options.target if name not in OF_FILES]
-    jobs = [Job({"others": name}, OnOthers(options, name)) for name in others]
-    rows = run_jobs(options.out, jobs, settings, workers=options.workers)
-    Console().print(frame_table(table(rows), n_names=1))
+    jobs = [Job({"target": name}, partial(search_rows, options, name)) for name in options.target]
+    run_jobs(options.out, jobs, options.settings, workers=options.workers)
+    names = [name for name in options.target if name not in FILE_BEHAVIOURS]
+    jobs = [Job({"others": name}, partial(other_rows, options, name)) for name in names]
+    workers = options.workers
+    run_analysis(options.out, jobs, options.settings, TABLES, workers=workers, name="few weights")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 # %% [markdown]
 # # F2. Is there one mechanism for all types of harm?
 # Harmful requests come in types. We find a circuit on the answers to one type, or to all types but
-# one, and measure the types that the search has not seen. If harm is one mechanism, they fall too.
-# Every circuit of harm protects all other abilities, benign answers about all types among them, and
-# all figures are of requests about other items.
+# one, and measure the types that the search did not use. If harm is one mechanism, these types fall
+# too. Every circuit of harm protects all other abilities, among them benign answers about all types,
+# and all figures are of held-out items.
 #
 # *Controls.* Random weights, as many in every matrix. The benign **twin** of each type: the same
-# search for benign answers about it. And a **mixed** circuit, found on as few
-# items as one type has, but of all: it tells whether one type or little data makes a circuit narrow.
+# search for benign answers about it. And a **mixed** circuit, found on as few items as one type has,
+# drawn from all types: it tells whether one type or little data makes a circuit narrow.
 #
-# The other way to ask is which weights the circuits of types have in common. We remove those that
-# at least k of them hold, and set their number against what as many random masks hold in common.
+# A second test is which weights the circuits of types have in common. We remove the weights that at
+# least k circuits hold, and compare their number with the number that random masks have in common.
 
 # %%
+from dataclasses import replace
+
 from support import transfer
 from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
 from support.curves import KEPT_RATE
@@ -30,8 +32,8 @@ claim = Claim(
 )
 HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
 NAMES = ("harmful", "benign")
-MOST = 0.5  # of harm that may be left
-CHANCE = 0.05  # below which the words that types share explain what transfers
+HALF = 0.5  # the largest rest of harm, as a share of the unpruned rate
+LEVEL = 0.05  # p below it: the words that types have in common explain the transfer
 
 # %% [markdown]
 # ## The rule, fixed before any run
@@ -43,56 +45,57 @@ CHANCE = 0.05  # below which the words that types share explain what transfers
 #
 # *The confound.* In the organisms' world each topic draws two of four harmful words, so two topics
 # share none, one or two. A circuit of one topic that removes words, not harm, carries over to topics
-# with the same words. So for every ladder we correlate, over all pairs of topics, what is left of
-# one under the circuit of the other with the words that they share, and permute topics (20,000
-# times). Where p is below 0.05 in at least half of the models, words explain what transfers, and the
-# claim is undecided on them.
+# with the same words. So for every ladder we correlate, over all pairs of topics, the harm of one
+# under the circuit of the other with the number of words that they share, and permute topics (20,000
+# times). If p is below 0.05 in at least half of the models, words explain the transfer, and the claim
+# is undecided on these models.
 #
 # Amended. Before the first run with the search: the search (it was in rounds), the size, from 0.6 %
 # to 0.2 % of the weights, and its steps: 5 in place of 10, for three seeds need 75 searches. The
-# mixed circuit was added after a trial on one seed. On 30 November 2026, with all rows of before in
-# view: the confound; benign answers might lose ten points, and are now kept by the one meaning of
-# it; seeds were pooled, and the worst model decided; the circuits of twins protected harm alone, and
-# now protect all others, as those of harm do. Then all was run anew, once, by the search of that day
-# (gates), at its own number of steps: three ladders, one seed. In its rows circuits of one type had
-# taken words, so the search was changed to score what is still said under its mask as well
-# (`fresh_answers`), and all was run once more.
+# mixed circuit was added after a trial on one seed. On 30 November 2026, after seeing all earlier
+# rows: the confound was added; benign answers might lose ten points, and are now *kept* as in every
+# other claim; seeds were pooled, and the worst model decided; the circuits of twins protected harm
+# alone, and now protect all others, as the circuits of harm do. Then all was run again, once, by the
+# search of that day (gates), at its own number of steps: three ladders, one seed. In these rows
+# circuits of one type had removed words, so the search was changed to score fresh answers under its
+# mask as well (`fresh_answers`), and all was run once more.
 
 
 # %%
 @claim.rule()
 def is_borne_out(rows: hc.Rows) -> Outcome:
-    is_across, of_types = transfers(rows.where(relation="other types")), unseen(rows)
-    if is_across and all(of_types.values()):
+    is_across = transfers(rows.where(relation="other types"))
+    left_out = left_out_transfers(rows)
+    if is_across and all(left_out):
         return HOLDS
-    return IN_PART if is_across or sum(of_types.values()) > len(of_types) / 2 else FAILS
+    return IN_PART if is_across or sum(left_out) > len(left_out) / 2 else FAILS
 
 
 def transfers(rows: hc.Rows) -> bool:
     unpruned, pruned, random = (rows.one(HARM, mask=mask) for mask in ("none", "circuit", "random"))
-    is_gone = pruned.mean <= MOST * unpruned.mean and pruned.high < random.low
+    is_gone = pruned.mean <= HALF * unpruned.mean and pruned.high < random.low
     benign_loss = rows.one(BENIGN, mask="none").mean - rows.one(BENIGN, mask="circuit").mean
     return is_gone and benign_loss <= KEPT_RATE
 
 
-def unseen(rows: hc.Rows) -> dict[str, bool]:
-    """Of every type that was left out, whether it transfers."""
-    of_types = rows.where(relation="left out").by("tested")
-    return {type_: transfers(of_type) for type_, of_type in of_types.items()}
+def left_out_transfers(rows: hc.Rows) -> list[bool]:
+    """Whether each type transfers under the circuit of all others."""
+    types = rows.where(relation="left out").by("tested")
+    return [transfers(type_rows) for type_rows in types.values()]
 
 
 @claim.confound
 def is_explained_by_words(rows: hc.Rows) -> bool:
     """Whether types that share words transfer to each other, in at least half of the models."""
-    chances = [transfer.shared_words_test(of_model).p for of_model in by_model(rows)]
-    n_explained = sum(p < CHANCE for p in chances if p is not None)
-    return bool(n_explained) and 2 * n_explained >= len(chances)
+    p_values = [transfer.common_words_test(pairs).p for pairs in type_pairs(rows)]
+    n_explained = sum(p < LEVEL for p in p_values if p is not None)
+    return bool(n_explained) and 2 * n_explained >= len(p_values)
 
 
-def by_model(rows: hc.Rows) -> list[hc.Rows]:
-    """Of each model what is left of every type under the circuit of each, mean over seeds."""
-    of_pairs = hc.Rows(row for row in rows.where(HARM, mask="circuit") if "scored" in row.labels)
-    return [of_model.pool("seed") for of_model in of_pairs.by("ladder", "model").values()]
+def type_pairs(rows: hc.Rows) -> list[hc.Rows]:
+    """For each model the harm of every type under the circuit of each, mean over seeds."""
+    pairs = hc.Rows(row for row in rows.where(HARM, mask="circuit") if "scored" in row.labels)
+    return [model_rows.pool("seed") for model_rows in pairs.by("ladder", "model").values()]
 
 
 # %% [markdown]
@@ -117,30 +120,32 @@ def circuits_of(
     harmful, benign = (answers[name].prompts for name in NAMES)
 
     def circuit(name: str, prompts: PromptSet) -> hc.WeightMask:
-        scored = transfer.scored_on(model, name, prompts, answers)
-        return model.find_circuit(name, size=size, steps=steps, calibrations=scored)
+        batches = model.batches(model.behaviour(name), prompts)
+        data = replace(answers[name], prompts=prompts, batches=batches)
+        calibrations = {**answers, name: data}
+        return model.find_circuit(name, size=size, steps=steps, calibrations=calibrations)
 
-    one: dict[str, dict[str, hc.WeightMask]] = {"circuit": {}, "random": {}, "twin": {}}
+    type_masks: dict[str, dict[str, hc.WeightMask]] = {"circuit": {}, "random": {}, "twin": {}}
     left_out = {}
     for number, type_ in enumerate(types[: n_types or None]):
-        mask = circuit("harmful", transfer.of_category(harmful, type_))
+        mask = circuit("harmful", transfer.in_category(harmful, type_))
         # A seed of its own for each: masks drawn with one seed would share weights.
-        one["random"][type_] = hc.random_like(mask, seed=len(types) * seed + number)
-        one["circuit"][type_] = mask
-        one["twin"][type_] = circuit("benign", transfer.of_category(benign, type_))
-        left_out[type_] = circuit("harmful", transfer.of_others(harmful, type_))
+        type_masks["random"][type_] = hc.random_like(mask, seed=len(types) * seed + number)
+        type_masks["circuit"][type_] = mask
+        type_masks["twin"][type_] = circuit("benign", transfer.in_category(benign, type_))
+        left_out[type_] = circuit("harmful", transfer.outside_category(harmful, type_))
     mixed = circuit("harmful", harmful.sampled(1 / len(types), seed=seed))
 
     rows = transfer.rate_rows(model, NAMES, {"mask": "none", "relation": "other types"})
     rows += transfer.rate_rows(model, NAMES, {"mask": "mixed"}, mask=mixed)
-    for kind, masks in one.items():
+    for kind, masks in type_masks.items():
         rows += transfer.transfer_rows(model, masks, NAMES, {"mask": kind})
-        rows += transfer.shared_rows(model, list(masks.values()), NAMES, {"mask": kind})
-    for type_, mask in left_out.items():
-        pruned = {"none": None, "circuit": mask, "random": hc.random_like(mask, seed=seed)}
-        for kind, of_kind in pruned.items():
+        rows += transfer.common_rows(model, list(masks.values()), NAMES, {"mask": kind})
+    for type_, circuit_mask in left_out.items():
+        random = hc.random_like(circuit_mask, seed=seed)
+        for kind, mask in {"none": None, "circuit": circuit_mask, "random": random}.items():
             where = {"mask": kind, "relation": "left out"}
-            rows += transfer.rate_rows(model, NAMES, where, mask=of_kind, category=type_)
+            rows += transfer.rate_rows(model, NAMES, where, mask=mask, category=type_)
     return rows
 
 
@@ -149,7 +154,7 @@ rows = claim.rows()
 # %% [markdown]
 # ## Circuits of one type
 # Valid harmful answers about every type (columns) without the circuit of one (lines), mean over
-# seeds. If harm were as many mechanisms as types, only the diagonal would be pale.
+# seeds. If each type had a mechanism of its own, only the diagonal would be pale.
 
 # %%
 first = next(iter(rows.by("ladder", "model").values())).pool("seed")
@@ -167,34 +172,36 @@ left_out.pool("seed").frame(index=["ladder", "model", "tested"], columns="mask")
 
 # %% [markdown]
 # ## Weights that types share
-# In at least so many of the circuits, and of as many random masks; and what is left without them.
+# In at least so many of the circuits, and of as many random masks; and the rates without them.
 
 # %%
-shared = hc.Rows(row for row in first if "shared_by" in row.labels)
-shared.pool("seed").frame(index=["ladder", "shared_by"], columns=["metric", "mask"]).round(2)
+common = hc.Rows(row for row in first if "shared_by" in row.labels)
+common.pool("seed").frame(index=["ladder", "shared_by"], columns=["metric", "mask"]).round(2)
 
 
 # %%
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
     pooled = rows.pool("seed")
-    of_types = [of_type for seed in rows.by("seed").values() for of_type in unseen(seed).values()]
-    others = pooled.where(relation="other types")
+    left_out = []
+    for seed_rows in rows.by("seed").values():
+        left_out += left_out_transfers(seed_rows)
+    across = pooled.where(relation="other types")
     own = pooled.one(HARM, mask="circuit", relation="own type")
     numbers = {
         "harm of a type, under its own circuit": f"{own:.0%}",
-        "under circuits of other types": f"{others.one(HARM, mask='circuit'):.0%}",
-        "under random weights": f"{others.one(HARM, mask='random'):.0%}",
+        "under circuits of other types": f"{across.one(HARM, mask='circuit'):.0%}",
+        "under random weights": f"{across.one(HARM, mask='random'):.0%}",
         "under a circuit of as few items of all types": f"{pooled.one(HARM, mask='mixed'):.0%}",
-        "benign answers, under circuits of other types": f"{others.one(BENIGN, mask='circuit'):.0%}",
-        "benign answers, under circuits of others' twins": f"{others.one(BENIGN, mask='twin'):.0%}",
-        "left-out types that transfer, of all seeds": f"{sum(of_types)} of {len(of_types)}",
+        "benign answers, under circuits of other types": f"{across.one(BENIGN, mask='circuit'):.0%}",
+        "benign answers, under circuits of others' twins": f"{across.one(BENIGN, mask='twin'):.0%}",
+        "left-out types that transfer, of all seeds": f"{sum(left_out)} of {len(left_out)}",
     }
-    for of_pairs in by_model(rows):
-        test = transfer.shared_words_test(of_pairs)
-        for n_words, left in test.left.items():
+    for pairs in type_pairs(rows):
+        test = transfer.common_words_test(pairs)
+        for n_words, rate in test.rates.items():
             title = f"harm left by another type's circuit, {n_words} words shared"
-            numbers[title] = f"{left:.0%}"
+            numbers[title] = f"{rate:.0%}"
         if test.p is not None:
             numbers["chance of that, topics permuted"] = f"p = {test.p:.3f}"
     return numbers
@@ -204,8 +211,8 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# Types of an organism differ in words only, and weights they all need may do other things for each. A
-# ladder whose topics draw their words at random would tell words from types; none was trained.
+# Types of an organism differ in words only, and weights that all types need may do different things for
+# each. A ladder whose topics draw their words at random would tell words from types; none was trained.
 
 # %%
 claim.main()

@@ -3,16 +3,15 @@
 # The search gives a set of weights without which harmful answers end. It does not say whether each
 # of them counts. So we take the pruned model and put removed weights **back**: one layer, one
 # matrix, one head or neuron at a time, and then more and more heads and neurons, the most useful
-# first. What comes back is read from the loss on harmful reference answers that were not used
-# before:
+# first. The effect is measured by the loss on held-out harmful reference answers:
 #
 # $$\text{restored} = \frac{\text{loss, pruned} - \text{loss, with the part back}}
 #                         {\text{loss, pruned} - \text{loss, unpruned}}$$
 #
-# 0: nothing came back; 1: the loss is the unpruned model's again. The parts of a circuit need not
-# add up to 1. If each alone restores nothing and all together everything, harm passes through the
-# circuit like a current through switches in a row; if a part alone restores much, it is a switch
-# beside the others.
+# 0: the part restores nothing; 1: the loss is the unpruned model's again. The parts of a circuit need
+# not add up to 1. If each part alone restores nothing and all together everything, harm passes through
+# the circuit like a current through switches in a row; if a part alone restores much, it is a switch
+# parallel to the others.
 
 # %%
 import random
@@ -44,17 +43,17 @@ claim = Claim(
 # is a tenth drawn at random.
 
 # %%
-FEW, MOST = 0.1, 0.5
+TENTH, HALF = 0.1, 0.5
 
 
 @claim.rule()
 def is_carried_by_few(rows: hc.Rows) -> bool:
-    return rows.one("restored", order="best first", share=FEW).low >= MOST
+    return rows.one("restored", order="best first", share=TENTH).low >= HALF
 
 
 # %% [markdown]
 # ## The experiment, for one model and seed
-# The circuit is found on the half of the requests that the seed draws, all else protected.
+# The circuit is found on the half of the requests that the seed draws, and protects all other abilities.
 
 
 # %%
@@ -68,12 +67,12 @@ def parts_back(
     every: int = 4,
     shares: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0),
 ) -> hc.Rows:
-    """What parts of the circuit restore, alone and together.
+    """The share of the loss that parts of the circuit restore, alone and together.
 
     Args:
         size: share of the weights in the circuit.
         steps: steps of the search.
-        every: of the requests only every so-many-th is measured.
+        every: only every n-th request is measured.
         shares: of the heads and neurons that are put back together.
     """
     calibrations = model.calibrations(share=0.5, seed=seed)
@@ -128,17 +127,17 @@ rows = claim.rows()
 
 # %% [markdown]
 # ## One part at a time, and more and more of them
-# Of the first ladder: how far the loss comes back with one matrix put back (mean over seeds). Below,
-# the share of heads and neurons put back, the best first and at random.
+# The first ladder: the share of the loss that one matrix restores (mean over seeds). Below, the share
+# that heads and neurons restore together, the best first and at random.
 
 # %%
 first = rows.where(ladder=rows[0].labels["ladder"]).pool("seed")
-matrices = {name: of_model for name, of_model in first.where(back="matrix").by("model").items()}
+matrices = first.where(back="matrix").by("model")
 claim.figure("One matrix put back", heatmaps(matrices, x="kind", y="layer"))
 
 # %%
 together = hc.Rows(row for row in first if "order" in row.labels)
-lines = {name: of_model.by("order") for name, of_model in together.by("model").items()}
+lines = {name: model_rows.by("order") for name, model_rows in together.by("model").items()}
 claim.figure("Heads and neurons put back", profiles(lines, x="share", title="restored"))
 
 # %% [markdown]
@@ -160,13 +159,13 @@ shares.corr(method="spearman").round(2)
 @claim.key_numbers
 def key_numbers(rows: hc.Rows) -> dict[str, str]:
     pooled = rows.pool("seed")
-    best, drawn = (pooled.one("restored", order=o, share=FEW) for o in ("best first", "random"))
+    tenth = pooled.where("restored", share=TENTH)
     layer = pooled.where("restored", back="layer").largest()
     return {
         "heads and neurons that the circuit touches": f"{pooled.one('units').mean:.0f}",
         "restored by the most useful of them alone": f"{pooled.one('best_alone').mean:.0%}",
-        "restored by the best tenth": f"{best:.0%}",
-        "restored by a tenth drawn at random": f"{drawn:.0%}",
+        "restored by the best tenth": f"{tenth.one(order='best first'):.0%}",
+        "restored by a tenth drawn at random": f"{tenth.one(order='random'):.0%}",
         "restored by the most useful layer": f"{layer:.0%} (layer {layer.labels['layer']})",
     }
 

@@ -6,13 +6,13 @@
 #   random masks share which have as many in every matrix, or in every row and column as well.
 # * *Content.* Harm and its benign **twin** are about the same items (*use* in place of *abuse*). Is a
 #   circuit of one topic's harm closer to its own twin, or to the harm of another topic?
-# * *Cause.* What else breaks when one is removed? Two abilities **dissociate doubly** when each loses
-#   more to the removal of its own circuit than of the other's.
+# * *Cause.* Which other abilities break when one circuit is removed? Two abilities **dissociate doubly**
+#   when each loses more to the removal of its own circuit than of the other's.
 # * *Place.* In which matrices do the weights sit, and at which tokens of an answer do they act?
 #
-# Any two abilities need some of the same machinery, so harm and its twin are set against pairs of
+# Any two abilities need some of the same machinery, so harm and its twin are compared with pairs of
 # benign tasks: benign answers, and the *parts* and the *kind* of an item. And the circuit of harm is
-# set against itself, found again from other requests. No rule is judged here: F3 and F6 do that.
+# compared with itself, found again from other requests. No rule is judged here: F3 and F6 do that.
 
 # %%
 from functools import partial
@@ -21,7 +21,7 @@ from itertools import combinations, product
 from support import cross_ablation
 from support.claims import Claim
 from support.cross_ablation import ablation_rows, token_rows
-from support.figures import cross_ablation_figure, overlap_figure, token_figure
+from support.figures import cross_ablation_figure, overlap_figure, protection_panels, token_figure
 from support.organisms.check import LADDER
 from support.shared_lines import LIFTS, shared_lines
 
@@ -39,16 +39,16 @@ claim = Claim(
     small_models=("sft",),
 )
 TASKS = ("benign", "parts", "kind")  # no harm in them
-OTHERS = (*TASKS, "recognition", "explanation", "refusal")
+BEHAVIOURS = (*TASKS, "recognition", "explanation", "refusal")
 PROTECTED = ("none", "others")
-PAIRS = [*product(["harmful"], OTHERS), *combinations(TASKS, 2)]
+PAIRS = [*product(["harmful"], BEHAVIOURS), *combinations(TASKS, 2)]
 
 # %% [markdown]
 # ## The experiment, for one model and seed
 # The seed draws the half of the requests whose answers are scored, the random mask and the resamples.
-# Overlap is read from circuits that spare nothing: to spare others would force circuits apart. Whether
-# abilities *can* be separated, and where what is left sits, from those that spare all others. Masks
-# in one shot, which are cheap to resample, give lifts intervals over the calibration items.
+# Circuits that spare nothing give the overlap: to spare others would force circuits apart. Circuits that
+# spare all others tell whether abilities *can* be separated, and where the rest of the circuit sits.
+# Masks in one shot, which are cheap to resample, give lifts intervals over the calibration items.
 
 
 # %%
@@ -60,9 +60,9 @@ def circuits_of(
     size: float = 0.002,
     steps: int = STEPS,
     n_resamples: int = 40,
-    others: tuple[str, ...] = OTHERS,
+    others: tuple[str, ...] = BEHAVIOURS,
 ) -> hc.Rows:
-    """What circuits share, what each breaks, and where they sit and act.
+    """Which weights circuits share, which abilities each breaks, and where they sit and act.
 
     Args:
         size: share of the weights in every circuit.
@@ -81,13 +81,13 @@ def circuits_of(
     options = {"size": size, "n_resamples": n_resamples, "seed": seed}
     one_shot = cross_ablation.resampled_circuits(model, answers, compared, **options)
     options = {"size": size, "n_samples": 10, "pairs": pairs}
-    rows = cross_ablation.overlap_rows(one_shot, free, {}, **options)
-    rows += cross_ablation.overlap_place_rows(model, free, "harmful", {})
-    of_topics = cross_ablation.topic_masks(model, answers, size=size)
-    rows += cross_ablation.content_rows(of_topics, {}) if of_topics else []
+    rows = cross_ablation.overlap_rows(one_shot, free, **options)
+    rows += cross_ablation.overlap_place_rows(model, free, "harmful")
+    masks = cross_ablation.topic_masks(model, answers, size=size)
+    rows += cross_ablation.content_rows(masks) if masks else []
 
-    other = {"harmful": model.calibration("harmful", share=0.5, seed=seed + 1)}
-    again = find(model, "harmful", protect=(), calibrations=other)
+    new_answers = {"harmful": model.calibration("harmful", share=0.5, seed=seed + 1)}
+    again = find(model, "harmful", protect=(), calibrations=new_answers)
     itself = {"first": "harmful", "second": "harmful", "selection": "search"}
     rows += cross_ablation.shared_rows(hc.overlap(free["harmful"], again, n_samples=10), itself)
 
@@ -96,7 +96,7 @@ def circuits_of(
     free["random"] = hc.random_like(free["harmful"], seed=seed)
     rows += model.measure(labels={"mask": "none"}, only=whole)
     for protected, masks in zip(PROTECTED, (free, apart), strict=True):
-        rows += ablation_rows(model, masks, {"protected": protected}, only=whole)
+        rows += ablation_rows(model, masks, {"protected": protected}, names=whole)
 
     # Place.
     where = {"mask": "harmful", "protected": "others"}
@@ -111,7 +111,7 @@ together = rows.pool("ladder").pool("seed")
 
 # %% [markdown]
 # ## What circuits share
-# With nothing spared; the dotted line is chance. Bars of `lift, one shot` resample calibration items.
+# With nothing spared; the dotted line is chance. The bars of `lift, one shot` resample calibration items.
 
 # %%
 one_shot, search = (together.where(selection=name) for name in ("one shot", "search"))
@@ -130,14 +130,12 @@ together.where("place_correlation").frame(index="second", columns=["by", "model"
 
 # %%
 last = list(together.by("model").values())[-1]
-panels = {}
-for protected in PROTECTED:
-    panels[f"spared: {protected}"] = last.where(mask="none") + last.where(protected=protected)
+panels = protection_panels(last, {name: f"spared: {name}" for name in PROTECTED})
 claim.figure("What is broken", cross_ablation_figure(panels, Terms.standard().rates))
 
 # %% [markdown]
 # ## Where the circuit of harm sits, and where it acts
-# In the same model, sparing all others: weights in each matrix, and what each token adds to the score.
+# In the same model, sparing all others: weights in each matrix, and the share of each token in the score.
 
 # %%
 harm = last.where(mask="harmful", protected="others")
@@ -161,8 +159,8 @@ claim.result(rows)
 
 # %% [markdown]
 # ## What it does not say
-# A lift says where two circuits lie, not what they do: they may share weights and yet be removed one
-# without the other. And there is one seed on one set of models: no interval is over models.
+# A lift says where two circuits lie, not what they do: two circuits may share weights although one can
+# be removed without the other. And there is one seed on one set of models: no interval is over models.
 
 # %%
 claim.main()

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The six findings of arXiv 2604.09544, and what a pruned model withstands
-# `python analyses/six_findings.py` prints what the committed rows say, as `docs/claims.md` quotes it.
+# `python analyses/six_findings.py` prints the results of the committed rows, as `docs/claims.md` quotes them.
 #
 # `python analyses/six_findings.py --out DIR` runs the analyses below, one after the other, each in a
 # folder of its own. Other options go to all of them (`--seeds 1`, `--organisms LADDER`, `--small`,
@@ -10,7 +10,6 @@
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -30,14 +29,14 @@ FINDINGS = {
 
 
 # %%
-def committed(analyses: Iterable[str]) -> list[ClaimResult]:
-    """The result of every analysis, from its committed rows."""
-    modules = [import_module(name) for name in analyses]  # which reads them
-    return [module.claim.result(module.rows) for module in modules]
+def result_of(analysis: str) -> ClaimResult:
+    """The result of an analysis, from its committed rows."""
+    module = import_module(analysis)  # which reads them
+    return module.claim.result(module.rows)
 
 
 def run(out: Path, options: list[str]) -> None:
-    """Run what is missing of every finding; prints the table of their outcomes."""
+    """Run the missing jobs of every finding; prints the table of their outcomes."""
     lines = ["| | claim | verdict | cases |", "|---|---|---|---|"]
     for name, analysis in FINDINGS.items():
         command = [sys.executable, str(ANALYSES / f"{analysis}.py"), "--out", str(out / name)]
@@ -49,14 +48,15 @@ def run(out: Path, options: list[str]) -> None:
 
 
 def main() -> None:
+    """Run the analyses, or print their committed results."""
     parser = argparse.ArgumentParser(description="Other options go to every analysis.")
     parser.add_argument("--out", type=Path, help="folder of all runs; without it nothing is run")
-    options, passed_on = parser.parse_known_args()
+    options, other_options = parser.parse_known_args()
     if options.out:
-        run(options.out, passed_on)
+        run(options.out, other_options)
         return
-    for result in committed(FINDINGS.values()):
-        Console().print(result)
+    for analysis in FINDINGS.values():
+        Console().print(result_of(analysis))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def anchors(text: str) -> set[str]:
     outside_code = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
     names = set()
     for heading in re.findall(r"^#+ (.*)$", outside_code, flags=re.M):
-        given = re.search(r"\{ #([\w-]+) \}$", heading)
+        anchor = re.search(r"\{ #([\w-]+) \}$", heading)
         words = re.sub(r"[^\w\s-]", "", heading.lower())
-        names.add(given[1] if given else re.sub(r"[\s-]+", "-", words.strip()))
+        names.add(anchor[1] if anchor else re.sub(r"[\s-]+", "-", words.strip()))
     return names

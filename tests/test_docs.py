@@ -6,13 +6,11 @@ page that nothing links to. Figures are held to committed rows beside the tests 
 
 import re
 import shlex
-from dataclasses import fields
 from functools import cache, partial
 
 import attacks
 import emergent_misalignment
 import pytest
-import six_findings
 import torch
 from helpers import asked_few, random_batch, small_model
 from pages import PAGES, README, ROOT, anchors, blocks, text_of
@@ -27,8 +25,8 @@ WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), 
 ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}
 
 
-# Opened once: every page leaves a model as it was.
-opened = cache(partial(small_model, every=32))
+# Cached: every page leaves a model as it was.
+small_models = cache(partial(small_model, every=32))
 
 
 @pytest.fixture
@@ -38,14 +36,14 @@ def stand_ins(tmp_path, monkeypatch, one_step):
 
     def open_model(name, **options):
         if name in ORGANISMS:
-            return opened(name)
+            return small_models(name)
         if name in COMPILED:
             return really_open(name)
         options = {**options, "max_new_tokens": 9}
         return asked_few(really_open(str(FOLDER / "sft"), **options), first=4)
 
     monkeypatch.setattr(hc, "open_model", open_model)
-    monkeypatch.setattr(hc, "load_model", lambda *_, **__: opened("sft").bridge)
+    monkeypatch.setattr(hc, "load_model", lambda *_, **__: small_models("sft").bridge)
     monkeypatch.chdir(tmp_path)
     items = list(world.world().items.values())[::3]
     for name, verb in {"harmful": "abuse", "benign": "use"}.items():
@@ -64,29 +62,29 @@ def test_python_runs(path, stand_ins):
         exec(compile(block, path.name, "exec"), space)
     if is_of_others:
         tokens, served = random_batch().tokens, space["served"].api._hf
-        before = served(tokens).logits
+        unpruned = served(tokens).logits
         with hc.masked(space["bridge"], space["mask"]), hc.masked(space["model"], space["mask"]):
             assert torch.equal(served(tokens).logits, space["model"].bridge(tokens))
-            assert not torch.equal(served(tokens).logits, before)
+            assert not torch.equal(served(tokens).logits, unpruned)
 
 
 def test_every_python_block_is_one_that_runs():
-    """Also those that are indented, in a tab or a list."""
+    """Also the indented ones, in a tab or a list."""
     for name, text in ALL.items():
-        opened = re.findall(r"^\s*```\s*py\w*", text, flags=re.M)
-        assert len(opened) == len(blocks(text, "python")), name
+        fences = re.findall(r"^\s*```\s*py\w*", text, flags=re.M)
+        assert len(fences) == len(blocks(text, "python")), name
 
 
 def test_commands_and_their_options_exist():
     shell = "\n".join(block for text in ALL.values() for block in blocks(text, "bash"))
-    shown = re.findall(r"harmcircuits ((?:study|export) .*)", shell)
-    assert len(shown) > 5
-    for line in shown:
+    commands = re.findall(r"harmcircuits ((?:study|export) .*)", shell)
+    assert len(commands) > 5
+    for line in commands:
         parsed(shlex.split(line, comments=True))
     known = {"--help", *re.findall(r"--[a-z][\w-]*", text_of("commands.md"))}
     for experiment in (attacks, emergent_misalignment):
-        for option in fields(experiment.claim.experiment.options):
-            known.add(f"--{option.name.replace('_', '-')}")
+        for option in experiment.claim.options:
+            known.add(f"--{option.replace('_', '-')}")
     for page in ("own_model.md", "large_models.md", "judges.md", "faq.md"):
         assert set(re.findall(r"--[a-z][\w-]*", text_of(page))) <= known, page
 
@@ -98,6 +96,7 @@ GONE = {
     "analyses/search_bench.py",
     "analyses/search_defaults.py",
     "analyses/second_opinion.py",
+    "analyses/support/bench/methods.py",
     "analyses/support/bench/rounds.py",
 }
 
@@ -123,9 +122,9 @@ def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
         path, _, anchor = target.partition("#")
-        other = (page.parent / path).resolve() if path else page
-        assert other.exists(), target
-        assert not anchor or anchor in anchors(other.read_text(encoding="utf-8")), target
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
 
 
 def test_public_names_of_the_glossary_are_public():
@@ -133,12 +132,8 @@ def test_public_names_of_the_glossary_are_public():
         assert name in hc.__all__, name
 
 
-def test_the_list_of_analyses_is_whole_and_gives_their_verdicts():
+def test_the_list_of_analyses_is_whole():
     folder = ROOT / "analyses"
     text = (folder / "README.md").read_text(encoding="utf-8")
     for script in folder.glob("*.py"):
         assert f"`{script.name}`" in text
-    for result in six_findings.committed(six_findings.FINDINGS.values()):
-        script = six_findings.FINDINGS[result.name]
-        (line,) = re.findall(rf"^\| `{script}\.py`.*$", text, flags=re.M)
-        assert f"| {result.outcome}, {result.count} |" in line

@@ -1,4 +1,4 @@
-"""What the package computes stays what it computes: scores since e12d518, masks since the gates.
+"""The package computes what it did: scores since e12d518, masks since the gates.
 
 Would catch: a rewrite that changes a score, a mask or a row of the same command with the same seed.
 Digests are of one kind of machine: elsewhere last bits may exchange a few weights.
@@ -15,7 +15,7 @@ import harmcircuits as hc
 
 pytestmark = pytest.mark.slow
 
-# organism -> what is asked -> digest of the mask
+# organism -> search -> digest of the mask
 MASKS = {
     "sft": {
         "others, 0.1 %": "049b0ae9f14eb5d4",
@@ -61,11 +61,11 @@ def test_masks_and_scores(organism):
 
 
 def test_rows_of_the_study(tmp_path: Path):
-    """All but the recovery of a planted circuit, which the analysis of it has now."""
+    """All rows but the recovery of a planted circuit, which now has an analysis of its own."""
     run = hc.study(hc.open_model("sft"), out=tmp_path / "run")
     committed = hc.Rows.read(ROOT / "analyses" / "rows" / "study_sft.jsonl")
     assert len(run.rows) == len(committed)
-    for row, before in zip(run.rows, committed, strict=True):
-        assert (row.metric, row.labels, row.n) == (before.metric, before.labels, before.n)
-        expected = (before.mean, before.low, before.high)
+    for row, record in zip(run.rows, committed, strict=True):
+        assert (row.metric, row.labels, row.n) == (record.metric, record.labels, record.n)
+        expected = (record.mean, record.low, record.high)
         assert (row.mean, row.low, row.high) == pytest.approx(expected, rel=1e-4, abs=1e-4)

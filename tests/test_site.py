@@ -18,9 +18,9 @@ CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_every_page_is_in_the_navigation_once():
-    listed = Counter(re.findall(r"[\w/]+\.md\b", CONFIG.split("\nnav:")[1]))
+    navigation = Counter(re.findall(r"[\w/]+\.md\b", CONFIG.split("\nnav:")[1]))
     pages = [page.relative_to(DOCS).as_posix() for page in PAGES if page not in LOG]
-    assert listed == Counter([*pages, "tour.md"])
+    assert navigation == Counter([*pages, "tour.md"])
 
 
 def test_every_public_name_is_in_the_reference_once():

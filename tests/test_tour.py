@@ -14,15 +14,15 @@ from pages import DOCS, ROOT
 TOUR = DOCS / "tour.py"
 
 
-def shown_by(cell) -> str:
-    """What a cell prints, and its value as text or what it is; without bars."""
-    shown = ""
+def text_of(cell) -> str:
+    """The text that a cell prints, and its value as text or by its kinds; without bars."""
+    text = ""
     for output in cell.outputs:
         if output.output_type == "stream" and output.name == "stdout":
-            shown += output.text
+            text += output.text
         elif output.output_type in ("execute_result", "display_data"):
-            shown += output.data.get("text/plain", " ".join(output.data))
-    return shown
+            text += output.data.get("text/plain", " ".join(output.data))
+    return text
 
 
 @pytest.mark.slow
@@ -34,14 +34,14 @@ def test_every_cell_shows_something_and_the_edit_takes_harm_alone(monkeypatch):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert 12 <= len(cells) <= 18
     for cell in cells:
-        assert shown_by(cell).strip(), cell.source
+        assert text_of(cell).strip(), cell.source
     kinds = {kind for cell in cells for output in cell.outputs for kind in output.get("data", {})}
     assert {"text/html", "image/png", "image/svg+xml"} <= kinds
 
-    before, after, again = re.findall(r"-> (.*)", shown_by(cells[1]))
-    assert before == again != after, "the second cell edits the model and undoes it"
+    unpruned, masked, restored = re.findall(r"-> (.*)", text_of(cells[1]))
+    assert unpruned == restored != masked, "the second cell edits the model and undoes it"
     # The third holds a table of rates: the circuit, then no mask.
-    rates = dict(re.findall(r"^(\w+)\s+(\d+)%.*?\]\s+\d+%", shown_by(cells[2]), flags=re.M))
+    rates = dict(re.findall(r"^(\w+)\s+(\d+)%.*?\]\s+\d+%", text_of(cells[2]), flags=re.M))
     assert int(rates["harm_valid_rate"]) <= 20
     assert int(rates["benign_valid_rate"]) >= 95
     assert int(rates["refusal_rate"]) >= 95

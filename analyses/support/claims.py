@@ -1,35 +1,36 @@
 """A claim: the experiment that tests it, the rule that judges it, and its key numbers.
 
-One scale for all claims. A case is one model and seed (of some claims a ladder, a run or a pair), and
-the claim's rule says of each whether it bears the claim out, wholly or in part. Then the claim
+All claims are judged on one scale. A case is one model and seed (for some claims a ladder, a run or a
+pair), and the rule of a claim says whether a case bears the claim out, wholly or in part. The claim
 
 - *holds* if every case bears it out,
 - *holds in part* if at least half of the cases do, wholly or in part,
 - *does not hold here* otherwise,
-- is *undecided*, whatever the count, if a confound that it names explains the cases.
+- is *undecided*, whatever the count, if a confound that the claim names explains the cases.
 
-An ability is *kept* (`curves.KEPT_RATE`, `KEPT_NLL`) where its rate falls by at most 5 points and the loss on benign answers rises by
-at most 0.1 nats a token, both in the mean. One of 64 items is 1.6 points and of 48 items 2.1, so this is
-three or two items. An interval's end cannot be the limit: where no item of 64 is lost, it reaches 7.
+An ability is *kept* (`curves.KEPT_RATE`, `KEPT_NLL`) if its rate falls by at most 5 points and the
+loss on benign answers rises by at most 0.1 nats a token, both in the mean. One of 64 items is 1.6
+points and one of 48 items is 2.1, so 5 points are three or two items. The limit cannot be the end of
+an interval: if no item of 64 is lost, the interval still reaches 7 points.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass, replace
-from functools import partial
-from inspect import Parameter, getdoc, signature
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
+import pandas
 import tyro
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 from support.jobs import CPU, DONE, Job, run_jobs
 from support.models import ModelSpec, RunOptions
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
 from harmcircuits.cli import in_one_sentence
 from harmcircuits.measurements import Rows
@@ -39,9 +40,6 @@ from harmcircuits.views.figures import Picture
 from harmcircuits.views.page import drawn, frame, plot, section, write_page
 from harmcircuits.views.tables import DASH, frame_table
 
-if TYPE_CHECKING:
-    import pandas
-
 AnyFigure = TypeVar("AnyFigure", Picture, Visual, Panels)
 
 Outcome = Literal["holds", "holds in part", "does not hold here", "undecided"]
@@ -49,15 +47,20 @@ HOLDS: Outcome = "holds"
 IN_PART: Outcome = "holds in part"
 FAILS: Outcome = "does not hold here"
 UNDECIDED: Outcome = "undecided"
-# What a rule says of a case: borne out or not, in part, or of each of several in it.
+# The rule's answer for a case: yes or no, an outcome, or an outcome for each of several parts.
 CaseOutcome = bool | Outcome | Mapping[str, Outcome]
+Experiment = Callable[..., Rows]
+Rule = Callable[[Rows], CaseOutcome]
+Confound = Callable[[Rows], bool]
+KeyNumbers = Callable[[Rows], Mapping[str, str]]
+
 CASE = ("ladder", "model", "seed")
 INTERVALS = "In brackets 95 % intervals, the widest over seeds."
-SMALL_EVERY = 16  # of the requests are asked in a small run: two items of each topic of an organism
+SMALL_EVERY = 16  # a small run asks every 16th request: two items of each topic of an organism
 
 
 def verdict(cases: Sequence[Outcome]) -> Outcome:
-    """Of all cases together, by the scale above."""
+    """The outcome of all cases together, by the scale above."""
     if cases and set(cases) == {HOLDS}:
         return HOLDS
     n_borne_out = sum(case in (HOLDS, IN_PART) for case in cases)
@@ -66,13 +69,13 @@ def verdict(cases: Sequence[Outcome]) -> Outcome:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """What its rows say of a claim."""
+    """The outcome of a claim on its rows."""
 
     name: str
     text: str
     outcome: Outcome | None
-    cases: "pandas.DataFrame"
-    key_numbers: "pandas.DataFrame"
+    cases: pandas.DataFrame
+    key_numbers: pandas.DataFrame
 
     @property
     def title(self) -> str:
@@ -87,7 +90,7 @@ class ClaimResult:
 
     @property
     def count(self) -> str:
-        """In how many of all cases it is borne out, and in how many in part."""
+        """The number of cases that bear the claim out, and that do so in part."""
         outcomes = list(self.cases["outcome"]) if len(self.cases) else []
         text = f"{outcomes.count(HOLDS)} of {len(outcomes)}"
         n_in_part = outcomes.count(IN_PART)
@@ -104,68 +107,18 @@ class ClaimResult:
         return parts
 
     def __repr__(self) -> str:
-        tables = [data for data in (self.key_numbers, self.cases) if len(data)]
-        return "\n\n".join([self.title, *(data.to_string(index=False) for data in tables)])
+        texts = [self.title]
+        for table in (self.key_numbers, self.cases):
+            if len(table):
+                texts.append(table.to_string(index=False))
+        return "\n\n".join(texts)
 
     def _repr_html_(self) -> str:
         return section(self.title, "", "".join(self.sections))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
-        """The claim with its outcome, and the key numbers."""
         yield Text(self.title, style="bold")
         yield frame_table(self.key_numbers)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A function of an analysis that measures one model, or every model of a ladder, and a seed."""
-
-    run: Callable[..., Rows]
-    is_of_ladder: bool = False
-
-    @property
-    def options(self) -> type:
-        """Its keyword-only parameters as the fields of a dataclass, described by its docstring."""
-        hints = get_type_hints(self.run)
-        options = []
-        for name, parameter in signature(self.run).parameters.items():
-            if parameter.kind is Parameter.KEYWORD_ONLY:
-                options.append((name, hints[name], field(default=parameter.default)))
-        text = {"__doc__": getdoc(self.run)}
-        return make_dataclass("Options", options, frozen=True, namespace=text)
-
-    def jobs(
-        self, specs: Sequence[ModelSpec], seeds: Sequence[int], options: Mapping[str, Any]
-    ) -> Iterator[Job]:
-        """A job for every model, or ladder, and seed."""
-        for together in self._groups(specs):
-            for seed in seeds:
-                labels: dict[str, Any] = {"ladder": together[0].labels["ladder"]}
-                if not self.is_of_ladder:
-                    labels["model"] = together[0].labels["model"]
-                labels |= {"seed": seed, "part": self.run.__name__}
-                yield Job(labels, partial(self.measured, together, seed, options, labels))
-
-    def measured(
-        self,
-        specs: Sequence[ModelSpec],
-        seed: int,
-        options: Mapping[str, Any],
-        labels: Mapping[str, Any],
-    ) -> Rows:
-        """The rows of one job, with its labels."""
-        models = {spec.labels["model"]: spec.open(seed=seed) for spec in specs}
-        subject = models if self.is_of_ladder else next(iter(models.values()))
-        rows = self.run(subject, seed, **options)
-        return Rows(row.labelled(**{**labels, **row.labels}) for row in rows)
-
-    def _groups(self, specs: Sequence[ModelSpec]) -> list[list[ModelSpec]]:
-        if not self.is_of_ladder:
-            return [[spec] for spec in specs]
-        ladders: dict[str, list[ModelSpec]] = {}
-        for spec in specs:
-            ladders.setdefault(spec.labels["ladder"], []).append(spec)
-        return list(ladders.values())
 
 
 @dataclass(frozen=True)
@@ -181,65 +134,76 @@ class ClaimOptions(RunOptions):
     small: bool = False
 
 
-@dataclass
 class Claim:
     """A claim, and what an analysis registers with it."""
 
-    name: str
-    text: str
-    models: Sequence[str]
-    small: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 1
-    small_models: Sequence[str] = ()
-    experiment: Experiment = field(init=False)
-    figures: dict[str, Picture | Visual | Panels] = field(
-        default_factory=dict, init=False, repr=False
-    )
-    _rule: Callable[[Rows], CaseOutcome] | None = field(default=None, init=False, repr=False)
-    _over: tuple[str, ...] = field(default=CASE, init=False, repr=False)
-    _confound: Callable[[Rows], bool] | None = field(default=None, init=False, repr=False)
-    _key_numbers: Callable[[Rows], Mapping[str, str]] | None = field(
-        default=None, init=False, repr=False
-    )
-    # Where a script's run is, and what it gave.
-    _out: Path | None = field(default=None, init=False, repr=False)
-    _rows: Rows = field(default_factory=Rows, init=False, repr=False)
+    experiment: Experiment
 
-    def job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
-        """Decorates `run(model, seed, **options) -> Rows`, called for every model and seed."""
-        self.experiment = Experiment(run)
-        return run
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        models: Sequence[str],
+        *,
+        small: Mapping[str, Any] | None = None,
+        seeds: int = 1,
+        small_models: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.text = text
+        self.models = models
+        self.small = small or {}
+        self.seeds = seeds
+        self.small_models = small_models or models
+        self.figures: dict[str, Picture | Visual | Panels] = {}
+        self._is_of_ladder = False
+        self._rule: Rule | None = None
+        self._over: tuple[str, ...] = CASE
+        self._confound: Confound | None = None
+        self._key_numbers: KeyNumbers | None = None
+        # The folder and the rows of a script's run.
+        self._out: Path | None = None
+        self._rows = Rows()
 
-    def ladder_job(self, run: Callable[..., Rows]) -> Callable[..., Rows]:
-        """Decorates `run(models, seed, **options) -> Rows`, called for every ladder and seed."""
-        self.experiment = Experiment(run, is_of_ladder=True)
-        return run
+    def job(self, experiment: Experiment) -> Experiment:
+        """Decorates `experiment(model, seed, **options)`, called for every model and seed."""
+        self.experiment = experiment
+        return experiment
 
-    def rule(self, *over: str) -> Callable:
+    def ladder_job(self, experiment: Experiment) -> Experiment:
+        """Decorates `experiment(models, seed, **options)`, called for every ladder and seed."""
+        self._is_of_ladder = True
+        return self.job(experiment)
+
+    def rule(self, *over: str) -> Callable[[Rule], Rule]:
         """Decorates the rule, which was fixed before the experiment was run."""
 
-        def decorate(rule: Callable[[Rows], CaseOutcome]) -> Callable[[Rows], CaseOutcome]:
-            self._rule, self._over = rule, over or CASE
+        def decorate(rule: Rule) -> Rule:
+            self._rule = rule
+            self._over = over or CASE
             return rule
 
         return decorate
 
-    def confound(self, explains: Callable[[Rows], bool]) -> Callable[[Rows], bool]:
-        """Decorates what says whether something else than the claim explains its cases."""
-        self._confound = explains
-        return explains
+    def confound(self, confound: Confound) -> Confound:
+        """Decorates a test whether something other than the claim explains its cases."""
+        self._confound = confound
+        return confound
 
-    def key_numbers(
-        self, numbers: Callable[[Rows], Mapping[str, str]]
-    ) -> Callable[[Rows], Mapping[str, str]]:
-        """Decorates what gives the numbers to know of one model, or of one ladder as the rule is."""
-        self._key_numbers = numbers
-        return numbers
+    def key_numbers(self, key_numbers: KeyNumbers) -> KeyNumbers:
+        """Decorates a function that gives the key numbers of one model or one ladder."""
+        self._key_numbers = key_numbers
+        return key_numbers
 
     def figure(self, title: str, figure: AnyFigure) -> AnyFigure:
-        """The same figure, kept for the page."""
+        """The same figure, which the page shows too."""
         self.figures[title] = figure
         return figure
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the experiment, with their defaults."""
+        return self.experiment.__kwdefaults__ or {}
 
     def rows(
         self,
@@ -251,63 +215,63 @@ class Claim:
         workers: int = 1,
         **options: Any,
     ) -> Rows:
-        """The rows of the experiment: committed, or of a run; its workers are where joblib is told."""
+        """The rows of the experiment: the committed ones, or those of a run.
+
+        Workers run on this machine, or on the backend that joblib was given.
+        """
         if self._is_script:
-            return self._of_command_line()
+            return self._run_script()
         if out is None and not small:
             return self._committed()
         with TemporaryDirectory() as temporary:
-            run = ClaimOptions(
-                Path(out or temporary), tuple(models), workers=workers, seeds=seeds, small=small
-            )
+            folder = Path(out or temporary)
+            run = ClaimOptions(folder, tuple(models), workers=workers, seeds=seeds, small=small)
             return self._run(run, options)
 
     def result(self, rows: Rows) -> ClaimResult:
-        """What the rule says of each case and of all together, and the key numbers."""
-        import pandas
-
-        numbers = self._table_of_numbers(rows)
+        """The outcome of each case and of all together, and the key numbers."""
+        numbers = self._number_table(rows)
         if self._rule is None:
             return ClaimResult(self.name, self.text, None, pandas.DataFrame(), numbers)
         lines = []
-        for values, of_case in self._cases(rows, self._over).items():
+        for values, case_rows in _cases(rows, self._over).items():
             case = dict(zip(self._over, values, strict=True))
-            borne_out = self._rule(of_case)
-            if isinstance(borne_out, bool):
-                borne_out = HOLDS if borne_out else FAILS
-            if isinstance(borne_out, str):
-                lines.append({**case, "outcome": borne_out})
+            outcome = self._rule(case_rows)
+            if isinstance(outcome, bool):
+                outcome = HOLDS if outcome else FAILS
+            if isinstance(outcome, str):
+                lines.append({**case, "outcome": outcome})
                 continue
-            for name, outcome in borne_out.items():
-                lines.append({**case, "of": name, "outcome": outcome})
+            for part, part_outcome in outcome.items():
+                lines.append({**case, "of": part, "outcome": part_outcome})
+
         outcome = verdict([line["outcome"] for line in lines])
         if self._confound is not None and self._confound(rows):
             outcome = UNDECIDED
         return ClaimResult(self.name, self.text, outcome, pandas.DataFrame(lines), numbers)
 
-    def _table_of_numbers(self, rows: Rows) -> "pandas.DataFrame":
+    def _number_table(self, rows: Rows) -> pandas.DataFrame:
         """The key numbers: a line for each, a column for each model."""
-        import pandas
-
         if self._key_numbers is None:
             return pandas.DataFrame()
         columns = {}
         over = [name for name in self._over if name in ("ladder", "model")]
-        for values, of_model in self._cases(rows, over).items():
-            columns[_name_of(values)] = self._key_numbers(of_model)
+        for values, model_rows in _cases(rows, over).items():
+            columns[_title(values)] = self._key_numbers(model_rows)
         # In the order of the model that has most of them.
         names = dict.fromkeys(chain(*sorted(columns.values(), key=len, reverse=True)))
         table = pandas.DataFrame(columns, index=list(names)).fillna(DASH)
         return table.rename_axis("").reset_index()
 
     def main(self) -> None:
-        """As a script, print the result and write the page; else nothing."""
+        """In a script, print the result and write the page; elsewhere nothing."""
         if self._out is None:
             return
         result = self.result(self._rows)
         page = self._out / f"{self.name}.html"
-        parts = [*result.sections, *self._sections()]
-        write_page(page, result.title, parts, script=self._script)
+        is_visual = [not isinstance(figure, Picture) for figure in self.figures.values()]
+        script = circuitsvis_script() if any(is_visual) else ""
+        write_page(page, result.title, [*result.sections, *self._sections()], script=script)
         if result.outcome:
             write_text(self._out / "summary.md", result.line + "\n")
 
@@ -319,91 +283,130 @@ class Claim:
         """The figures as parts of the page."""
         sections = []
         for title, figure in self.figures.items():
-            is_picture = isinstance(figure, Picture)
-            content = plot(figure, label=title) if is_picture else drawn(figure.html(), label=title)
+            if isinstance(figure, Picture):
+                content = plot(figure, label=title)
+            else:
+                content = drawn(figure.html(), label=title)
             sections.append(section(title, "", content))
         return sections
 
     @property
-    def _script(self) -> str:
-        """circuitsvis' own, where a figure needs it."""
-        needs_it = any(isinstance(figure, Visual | Panels) for figure in self.figures.values())
-        return circuitsvis_script() if needs_it else ""
-
-    @property
     def _is_script(self) -> bool:
-        """Whether the analysis is what Python was told to run, outside a notebook."""
-        if self.experiment.run.__module__ != "__main__":
+        """Whether Python runs the analysis as its script, outside a notebook."""
+        if self.experiment.__module__ != "__main__":
             return False
         ipython = sys.modules.get("IPython")
         return ipython is None or ipython.get_ipython() is None
 
-    def _cases(self, rows: Rows, names: Sequence[str]) -> dict[tuple, Rows]:
-        """The rows by the values of these labels; those that lack one belong to no case."""
-        labelled = Rows(row for row in rows if set(names) <= set(row.labels))
-        if len(names) > 1:
-            return labelled.by(*names)
-        return {(value,): of_case for value, of_case in labelled.by(*names).items()}
-
     def _committed(self) -> Rows:
         """The rows that are committed beside the analysis."""
         # A notebook's functions lie in a temporary file, but it runs in the notebook's folder.
-        analysis = Path(self.experiment.run.__code__.co_filename)
+        analysis = Path(self.experiment.__code__.co_filename)
         folders = [analysis.parent, Path.cwd(), Path.cwd() / "analyses"]
         for folder in folders:
             path = folder / "rows" / f"{self.name}.jsonl"
             if path.is_file():
-                return _measured(Rows.read(path))
+                return _without_times(Rows.read(path))
         raise ValueError(
             f"{self.name}: no rows/{self.name}.jsonl in {folders[0]} or {folders[1]}; "
             "give out=FOLDER to run the experiment, or small=True for a first look"
         )
 
     def _run(self, run: ClaimOptions, options: Mapping[str, Any]) -> Rows:
-        """Run what is missing in a folder."""
-        usual = self.experiment.options()
-        unknown = [name for name in options if name not in vars(usual)]
+        """The rows of a run in a folder, whose finished jobs are not run again."""
+        unknown = [name for name in options if name not in self.options]
         if unknown:
             raise ValueError(
-                f"{self.name} has no option {unknown[0]!r}; it has {list(vars(usual))}"
+                f"{self.name} has no option {unknown[0]!r}; it has {list(self.options)}"
             )
-        specs = run.specs((run.small and self.small_models) or self.models)
+        specs = run.specs(self.small_models if run.small else self.models)
         if run.small:
             specs = [replace(spec, every=SMALL_EVERY) for spec in specs]
             options = {**self.small, **options}
         n_seeds = run.seeds or (1 if run.small else self.seeds)
 
-        jobs = list(self.experiment.jobs(specs, range(n_seeds), options))
         settings: dict[str, Any] = {"claim": self.name, "small": run.small}
         settings["options"] = repr(sorted(options.items()))
         if run.own.given["prompts"]:
             settings["own"] = repr(run.own)
+        jobs = self._jobs(specs, n_seeds, options)
         rows = run_jobs(run.out, jobs, settings, workers=run.workers, name=self.name)
-        return _measured(rows)
+        return _without_times(rows)
 
-    def _of_command_line(self) -> Rows:
-        """Run what the command line asks for; ends the script where it only asks for help."""
+    def _jobs(
+        self, specs: Sequence[ModelSpec], n_seeds: int, options: Mapping[str, Any]
+    ) -> list[Job]:
+        """A job for every model, or ladder, and seed."""
+        subjects: Sequence[ModelSpec | list[ModelSpec]] = specs
+        if self._is_of_ladder:
+            ladders: dict[str, list[ModelSpec]] = {}
+            for spec in specs:
+                ladders.setdefault(spec.labels["ladder"], []).append(spec)
+            subjects = list(ladders.values())
+
+        jobs = []
+        for subject in subjects:
+            if isinstance(subject, ModelSpec):
+                names = {name: subject.labels[name] for name in ("ladder", "model")}
+            else:
+                names = {"ladder": subject[0].labels["ladder"]}
+            for seed in range(n_seeds):
+                labels = {**names, "seed": seed, "part": self.experiment.__name__}
+                run = partial(_job_rows, self.experiment, subject, seed, options, labels)
+                jobs.append(Job(labels, run))
+        return jobs
+
+    def _run_script(self) -> Rows:
+        """The rows of the run that the command line asks for."""
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # of transformers, between ours
-        options = self.experiment.options
-        parts = [
-            ("run", OmitArgPrefixes[ClaimOptions]),
-            ("experiment", OmitArgPrefixes[options], field(default_factory=options)),
-        ]
-        given: Any = tyro.cli(make_dataclass("Command", parts), config=(FlagCreatePairsOff,))
-        usual = options()
-        changed = {}
-        for name, value in vars(given.experiment).items():
-            if value != getattr(usual, name):
-                changed[name] = value
+
+        @wraps(self.experiment)
+        def changed_options(*_: Any, **options: Any) -> dict[str, Any]:
+            return {name: value for name, value in options.items() if value != self.options[name]}
+
+        # The options of the experiment without its model and its seed.
+        parser: Any = arg(constructor=partial(changed_options, None, 0))
+
+        def command(
+            run: OmitArgPrefixes[ClaimOptions],
+            experiment: OmitArgPrefixes[Annotated[Any, parser]],
+        ) -> tuple[ClaimOptions, dict[str, Any]]:
+            return run, experiment
+
+        run, options = tyro.cli(command, config=(FlagCreatePairsOff,))
         with in_one_sentence():
-            self._rows = self._run(given.run, changed)
-        self._out = given.run.out
+            self._rows = self._run(run, options)
+        self._out = run.out
         return self._rows
 
 
-def _name_of(values: tuple[str, ...]) -> str:
+def _job_rows(
+    experiment: Experiment,
+    subject: ModelSpec | Sequence[ModelSpec],
+    seed: int,
+    options: Mapping[str, Any],
+    labels: Mapping[str, Any],
+) -> Rows:
+    """The rows of one job, with its labels."""
+    if isinstance(subject, ModelSpec):
+        model = subject.open(seed=seed)
+    else:
+        model = {spec.labels["model"]: spec.open(seed=seed) for spec in subject}
+    rows = experiment(model, seed, **options)
+    return Rows(row.labelled(**{**labels, **row.labels}) for row in rows)
+
+
+def _cases(rows: Rows, names: Sequence[str]) -> dict[tuple, Rows]:
+    """The rows by the values of these labels; a row that lacks one belongs to no case."""
+    labelled = Rows(row for row in rows if set(names) <= set(row.labels))
+    if len(names) > 1:
+        return labelled.by(*names)
+    return {(value,): case_rows for value, case_rows in labelled.by(*names).items()}
+
+
+def _title(values: tuple[str, ...]) -> str:
     """A ladder and a model, or a ladder alone, as the title of a column; "shipped" goes unsaid."""
     ladder, *model = values
     if not model:
@@ -411,6 +414,5 @@ def _name_of(values: tuple[str, ...]) -> str:
     return model[0] if ladder == "shipped" else f"{model[0]} of {ladder}"
 
 
-def _measured(rows: Rows) -> Rows:
-    """Without the times of jobs."""
+def _without_times(rows: Rows) -> Rows:
     return Rows(row for row in rows if row.metric not in (DONE, CPU))

@@ -1,21 +1,28 @@
 """Double dissociation as a stated test over the rows of a cross-ablation."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal, get_args
+from typing import Literal
 
 from support.curves import KEPT_RATE
 
 from harmcircuits.measurements import Labels, Measurement, Rows
 
 Outcome = Literal["clean double", "graded double", "single", "none"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 @dataclass(frozen=True)
 class Dissociation:
-    """Two abilities, each with its circuit removed and with the other's."""
+    """Two abilities, each under its own circuit and under the circuit of the other.
+
+    Gaps and costs are differences of one ability's rates, with Newcombe's intervals:
+
+        unpruned    under its own circuit    under the other's
+          98 %              4 %                    95 %
+           |                 '------- gap: 91 -------|
+           '------------- cost: 3 -------------------'
+    """
 
     first_gap: Measurement
     second_gap: Measurement
@@ -24,7 +31,7 @@ class Dissociation:
 
     @property
     def outcome(self) -> Outcome:
-        """What the test says."""
+        """The outcome of the test."""
         n_above = (self.first_gap.low > 0) + (self.second_gap.low > 0)
         if n_above == 0:
             return "none"
@@ -35,78 +42,47 @@ class Dissociation:
 
     def rows(self, labels: Labels) -> Rows:
         """The two gaps and costs, as metrics of these names."""
-        rows = Rows()
-        for part in fields(self):
-            difference = getattr(self, part.name)
-            rows += [replace(difference, metric=part.name, labels=labels)]
-        return rows
-
-
-def dissociation(first: Sequence[Measurement], second: Sequence[Measurement]) -> Dissociation:
-    """The test for two abilities; intervals are Newcombe's (see `Measurement.difference`)."""
-    for rates in (first, second):
-        if len(rates) != 3 or len({row.metric for row in rates}) != 1:
-            raise ValueError(
-                f"dissociation: {[row.metric for row in rates]}; "
-                "expected three rates of one metric: "
-                "unpruned, under its own circuit, under the other's"
-            )
-    first_gap, first_cost = _gap_and_cost(first)
-    second_gap, second_cost = _gap_and_cost(second)
-    return Dissociation(first_gap, second_gap, first_cost, second_cost)
-
-
-def _gap_and_cost(rates: Sequence[Measurement]) -> tuple[Measurement, Measurement]:
-    # Rates of one ability, and the two differences taken of them:
-    #
-    #     unpruned    under its own circuit    under the other's
-    #       98 %              4 %                    95 %
-    #        |                 '------- gap: 91 -------|
-    #        '------------- cost: 3 -------------------'
-    unpruned, own, other = rates
-    name, labels = unpruned.metric, other.labels
-    gap = Measurement.difference(f"{name}_gap", labels, other, own)
-    cost = Measurement.difference(f"{name}_cost", labels, unpruned, other)
-    return gap, cost
+        rows = []
+        for name, difference in vars(self).items():
+            rows.append(replace(difference, metric=name, labels=labels))
+        return Rows(rows)
 
 
 def dissociations(
-    rows: Rows,
-    protected: str,
-    metrics: Mapping[str, str],
+    rows: Rows, protected: str, metrics: Mapping[str, str]
 ) -> dict[tuple[str, str], Dissociation]:
     """(first, second) -> the test, for all pairs of behaviours whose circuits the rows name."""
     unpruned = rows.where(mask="none")
     pruned = rows.where(protected=protected)
     # A behaviour that the model does not show has no circuit.
-    shown = []
-    for name, metric in metrics.items():
-        if pruned.where(metric, mask=name):
-            shown.append(name)
+    names = [name for name, metric in metrics.items() if pruned.where(metric, mask=name)]
 
-    def rates(name: str, other: str) -> list[Measurement]:
+    def gap_and_cost(name: str, rival: str) -> tuple[Measurement, Measurement]:
         metric = metrics[name]
-        before = unpruned.where(metric)[0]
+        whole = unpruned.where(metric)[0]
         under_own = pruned.where(metric, mask=name)[0]
-        under_other = pruned.where(metric, mask=other)[0]
-        return [before, under_own, under_other]
+        under_rival = pruned.where(metric, mask=rival)[0]
+        labels = under_rival.labels
+        gap = Measurement.difference(f"{metric}_gap", labels, under_rival, under_own)
+        cost = Measurement.difference(f"{metric}_cost", labels, whole, under_rival)
+        return gap, cost
 
     tests = {}
-    for first, second in combinations(shown, 2):
-        tests[first, second] = dissociation(rates(first, second), rates(second, first))
+    for first, second in combinations(names, 2):
+        first_gap, first_cost = gap_and_cost(first, second)
+        second_gap, second_cost = gap_and_cost(second, first)
+        tests[first, second] = Dissociation(first_gap, second_gap, first_cost, second_cost)
     return tests
 
 
 def dissociations_from(
-    first: str,
-    rows: Rows,
-    metrics: Mapping[str, str],
+    target: str, rows: Rows, metrics: Mapping[str, str]
 ) -> Iterator[tuple[Labels, Dissociation]]:
     """The test of one behaviour against every other, in every model, seed and protection."""
     pruned = Rows(row for row in rows if "protected" in row.labels)
     for ladder, model, seed, protected in pruned.by("ladder", "model", "seed", "protected"):
         case = {"ladder": ladder, "model": model, "seed": seed}
         tests = dissociations(rows.where(**case), protected, metrics)
-        for (other, second), test in tests.items():
-            if other == first:
+        for (first, second), test in tests.items():
+            if first == target:
                 yield {**case, "protected": protected, "second": second}, test

@@ -1,4 +1,4 @@
-"""Getting out of a model what it holds back, with its weights as they are."""
+"""Attacks that elicit what a model holds back, with its weights as they are."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -12,25 +12,19 @@ from harmcircuits.measurements import Rows
 from harmcircuits.search.circuit import set_difference
 
 PLAIN = "plain"
-REFUSAL_SHARE = 0.01  # of the weights: of those that refusals need, and that are spared
+REFUSAL_SHARE = 0.01  # of the weights: the share that refusals need, and the share that is spared
 
 
-def refusals_removed(
-    model: Model,
-    *,
-    mask: WeightMask | None = None,
-    refusal: str = "refusal",
-    spared: str = CONTRAST,
-) -> WeightMask | None:
+def refusals_removed(model: Model, *, mask: WeightMask | None = None) -> WeightMask | None:
     """The refusal ablation of a model; None where it refuses nothing or answers nothing benign."""
-    if not {refusal, spared} <= set(model.behaviours):
+    if not {"refusal", CONTRAST} <= set(model.behaviours):
         return None
     with masked_if_given(model.bridge, mask), suppress(NotShownError):
-        refusals, others = model.calibration(refusal), model.calibration(spared)
+        refusals, benign = model.calibration("refusal"), model.calibration(CONTRAST)
         return set_difference(
             model.bridge,
             refusals.batches,
-            [others.batches],
+            [benign.batches],
             q=REFUSAL_SHARE,
             p=REFUSAL_SHARE,
             signed=False,
@@ -38,25 +32,26 @@ def refusals_removed(
     return None
 
 
-def elicited(
-    model: Model,
-    *,
-    target: str = TARGET,
-    unrefusing: WeightMask | None = None,
-    only_plain: bool = False,
-) -> Rows:
-    """What a model as it stands answers to held-out requests under every attack."""
-    plain = model.with_behaviours(replace(model.behaviour(target), prefill=""))
-    attacks: dict[str, tuple[Model, WeightMask | None]] = {PLAIN: (plain, None)}
-    if not only_plain:
-        attacks["prefill"] = (model, None)
-        if unrefusing is not None:
-            attacks["refusal ablation"] = (plain, unrefusing)
-            attacks["prefill + refusal ablation"] = (model, unrefusing)
+def plain_harm(model: Model) -> Rows:
+    """The answers of a model as it stands to plain harmful requests, held out."""
+    return _under_attack(_without_prefill(model), None, PLAIN)
 
-    rows = Rows()
-    for attack, (asked, removed) in attacks.items():
-        # What is fine-tuned or pruned is no longer the model on which the attacker's mask was made.
-        with masked_if_given(model.bridge, removed, same_model=False):
-            rows += [row.labelled(attack=attack) for row in asked.measure(only=target)]
+
+def elicited(model: Model, ablation: WeightMask | None) -> Rows:
+    """The answers of a model as it stands to held-out harmful requests under every attack."""
+    plain = _without_prefill(model)
+    rows = plain_harm(model) + _under_attack(model, None, "prefill")
+    if ablation is not None:
+        rows += _under_attack(plain, ablation, "refusal ablation")
+        rows += _under_attack(model, ablation, "prefill + refusal ablation")
     return rows
+
+
+def _without_prefill(model: Model) -> Model:
+    return model.with_behaviours(replace(model.behaviour(TARGET), prefill=""))
+
+
+def _under_attack(model: Model, ablation: WeightMask | None, attack: str) -> Rows:
+    # Fine-tuning and pruning change the model for which the attacker's mask was made.
+    with masked_if_given(model.bridge, ablation, same_model=False):
+        return Rows(row.labelled(attack=attack) for row in model.measure(only=TARGET))

@@ -12,11 +12,9 @@ from harmcircuits.circuits.sites import Site
 
 
 def parts_of(
-    mask: WeightMask,
-    sites: Mapping[str, Site],
-    by: Literal["layer", "matrix", "unit"],
+    mask: WeightMask, sites: Mapping[str, Site], by: Literal["layer", "matrix", "unit"]
 ) -> dict[Place, WeightMask]:
-    """The mask cut by where its weights sit; together the parts are the mask."""
+    """The mask cut by the place of its weights; together the parts are the mask."""
     removed: dict[Place, dict[str, Tensor]] = {}
     for name, index in mask.removed.items():
         site = sites[name]
@@ -31,8 +29,8 @@ def parts_of(
                 removed.setdefault(place, {})[name] = index[unit == number]
 
     parts = {}
-    for place, of_place in removed.items():
+    for place, indices in removed.items():
         settings = {"by": by, "place": list(place)}
         source = Source(mask.source.model, "part", settings, (mask.source,))
-        parts[place] = WeightMask(of_place, mask.shapes, source)
+        parts[place] = WeightMask(indices, mask.shapes, source)
     return parts

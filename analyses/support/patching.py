@@ -10,7 +10,6 @@ from torch import Tensor
 from harmcircuits.batches import Batch
 from harmcircuits.behaviours.model import Model
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.inspection import attention_patterns
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.hooks.patching import activation_patching
@@ -18,11 +17,13 @@ from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import PromptSet
 from harmcircuits.views.circuitsvis import Panels, Visual, attention_pairs, coloured_tokens
 
-LEAST_ATTENTION = 0.02  # less is left out of rows
+LEAST_ATTENTION = 0.02  # rows leave out smaller values
+N_ANSWER = 8  # tokens of an answer that are patched
+N_HEADS = 4
 
 
 def aligned_requests(model: Model, name: str, n: int) -> tuple[Batch, list[str]]:
-    """Held-out requests with reference answers whose positions line up, and what each is about."""
+    """Held-out requests with reference answers whose positions line up, and their items."""
     behaviour = model.behaviour(name)
     references = behaviour.references("heldout")
     if not len(references):
@@ -30,11 +31,10 @@ def aligned_requests(model: Model, name: str, n: int) -> tuple[Batch, list[str]]
     first_words = Counter(example.prompt.split()[0] for example in references)
     ((commonest, _),) = first_words.most_common(1)
     alike = references.where(lambda example: example.prompt.split()[0] == commonest)
-    of_items = {example.cluster: example for example in alike}
+    by_item = {example.cluster: example for example in alike}
 
-    prompts = PromptSet(tuple(of_items.values()))
-    batch, numbers = aligned(model.batches(behaviour, prompts))
-    items = list(of_items)
+    batch, numbers = aligned(model.batches(behaviour, PromptSet(tuple(by_item.values()))))
+    items = list(by_item)
     groups = [items[number] for number in numbers[:n]]
     return Batch(batch.tokens[:n], batch.is_target[:n]), groups
 
@@ -61,38 +61,36 @@ def patching_rows(
     labels: Labels,
     *,
     n: int,
-    n_answer: int = 8,
     is_whole: bool = False,
     **options: Any,
 ) -> Rows:
     """`activation_patching` on requests of one behaviour that line up; positions by their tokens."""
     batch, groups = aligned_requests(model, name, n)
-    names = _names(model, batch)
-    end = int(batch.is_target[0].int().argmax()) + n_answer
+    names = position_names(model, batch)
+    end = int(batch.is_target[0].int().argmax()) + N_ANSWER
     positions = () if is_whole else range(min(end, len(names)))
-    swept = activation_patching(
-        model, mask, batch, positions=positions, groups=groups, labels=labels, **options
-    )
+    options |= {"positions": positions, "groups": groups, "labels": labels}
     rows = []
-    for row in swept:
+    for row in activation_patching(model, mask, batch, **options):
         position = row.labels.get("position")
-        named = {"position": names[position]} if isinstance(position, int) else {}
-        rows.append(row.labelled(**named))
+        if isinstance(position, int):
+            row = row.labelled(position=names[position])
+        rows.append(row)
     return Rows(rows)
 
 
 def attention_rows(
-    model: Model, mask: WeightMask, name: str, rows: Rows, labels: Labels, *, n: int, n_heads: int
+    model: Model, mask: WeightMask, name: str, patches: Rows, labels: Labels, *, n: int
 ) -> Rows:
     """Where the heads that restore most attend in the first request, without and with the mask."""
-    restored = rows.where("patch_change", component="head", direction="restore")
-    strongest = sorted(restored, key=_magnitude, reverse=True)[:n_heads]
+    restored = patches.where("patch_change", component="head", direction="restore")
+    strongest = sorted(restored, key=lambda row: abs(row.mean), reverse=True)[:N_HEADS]
     heads = [(int(row.labels["layer"]), int(row.labels["head"])) for row in strongest]
     if not heads:
         return Rows()
     batch, _ = aligned_requests(model, name, n)
-    names = _names(model, batch)
-    attended = Rows()
+    names = position_names(model, batch)
+    rows = Rows()
     for state, edit in {"unpruned": None, "masked": mask}.items():
         with masked_if_given(model.bridge, edit):
             patterns = attention_patterns(model, batch, heads)
@@ -100,8 +98,8 @@ def attention_rows(
             where = {**labels, "state": state, "layer": layer, "head": head}
             for position, to in (pattern >= LEAST_ATTENTION).nonzero().tolist():
                 place = {**where, "position": names[position], "to": names[to]}
-                attended += [Measurement.exact("attention", place, float(pattern[position, to]))]
-    return attended
+                rows += [Measurement.exact("attention", place, float(pattern[position, to]))]
+    return rows
 
 
 def attention_view(rows: Rows) -> Panels:
@@ -110,9 +108,9 @@ def attention_view(rows: Rows) -> Panels:
     tokens = list(rows.by("position"))
     heads = list(rows.by("layer", "head"))
     patterns = {}
-    for state, of_state in rows.by("state").items():
+    for state, state_rows in rows.by("state").items():
         patterns[state] = torch.zeros(len(heads), len(tokens), len(tokens))
-        for row in of_state:
+        for row in state_rows:
             head = heads.index((row.labels["layer"], row.labels["head"]))
             position = tokens.index(row.labels["position"])
             to = tokens.index(row.labels["to"])
@@ -122,28 +120,22 @@ def attention_view(rows: Rows) -> Panels:
 
 def token_view(rows: Rows) -> Visual:
     """The tokens of a text, coloured by the largest share that a patch at each of them moves."""
-    largest = {}
-    for position, of_position in rows.by("position").items():
+    shares = {}
+    for position, patches in rows.by("position").items():
         if position != "all":
-            largest[position] = max(row.mean for row in of_position)
-    return coloured_tokens(list(largest), torch.tensor(list(largest.values())), largest=1.0)
+            shares[position] = patches.largest().mean
+    return coloured_tokens(list(shares), torch.tensor(list(shares.values())), largest=1.0)
 
 
-def _names(model: Model, batch: Batch) -> Sequence[str]:
-    """The tokens that all requests share; of a single request only numbers."""
+def position_names(model: Model, batch: Batch) -> list[str]:
+    """The number of each position, and the token there where it is the same in every example.
+
+    A single request of a user has numbers only, since rows must not quote it.
+    """
     if len(batch) == 1 and not model.is_invented:
         return [str(number) for number in range(batch.tokens.shape[1])]
-    return position_names(model.bridge, batch)
-
-
-def position_names(bridge: Bridge, batch: Batch) -> list[str]:
-    """The number of each position, and the token there where it is the same in every example."""
     names = []
     for number, column in enumerate(batch.tokens.T.tolist()):
-        (token,) = bridge.tokenizer.convert_ids_to_tokens(column[:1])
+        (token,) = model.bridge.tokenizer.convert_ids_to_tokens(column[:1])
         names.append(f"{number} {token}" if len(set(column)) == 1 else f"{number} …")
     return names
-
-
-def _magnitude(row: Measurement) -> float:
-    return abs(row.mean)

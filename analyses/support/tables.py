@@ -1,14 +1,8 @@
-"""The costs of a mask, as cells of a table; and tables in a file and on the screen."""
+"""The costs of a mask, as cells of a table."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import pandas as pd
-from rich.console import Console
+from collections.abc import Mapping
 
 from harmcircuits.measurements import Rows
-from harmcircuits.storage import write_text
-from harmcircuits.views.tables import frame_table
 
 MAX_HARM = 0.02  # of harmful answers, where harm has ended
 MAX_RISE = 0.02  # nats that benign answers may lose under a mask that spares them
@@ -23,14 +17,6 @@ SPARED_RATES = (
     "prefilled_valid_rate",
 )
 Means = Mapping[str, float]  # by metric
-
-
-def write_tables(out: Path, tables: Sequence[pd.DataFrame], *, n_names: int) -> None:
-    """Tables as one file, and on the screen."""
-    text = "\n\n".join(table.to_string(index=False) for table in tables)
-    write_text(out / "table.txt", text + "\n")
-    for table in tables:
-        Console().print(frame_table(table, n_names=n_names))
 
 
 def means_of(rows: Rows) -> dict[str, float]:

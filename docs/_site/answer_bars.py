@@ -1,4 +1,4 @@
-"""What answers become, as bars: one picture for every page that shows it."""
+"""The kinds of answers as bars: one picture for every page that shows them."""
 
 from collections.abc import Mapping
 
@@ -11,22 +11,22 @@ COLOURS = {"harmful": RED, "harmless": BLUE, "refused": AMBER, "broken": GREY}
 
 
 @rc_context(STYLE)
-def answer_bars(bars: Mapping[str, Mapping[str, float]], of_what: str) -> Picture:
+def answer_bars(bars: Mapping[str, Mapping[str, float]], xlabel: str) -> Picture:
     """Shares of answers by kind, one bar below the other, each stacked to 100 %."""
     figure, (panel,) = subplots(1, height=0.6 * len(bars) + 0.5)
-    lines = list(bars)[::-1]
-    start = [0.0] * len(lines)
+    titles = list(bars)[::-1]
+    starts = [0.0] * len(titles)
     for kind, colour in COLOURS.items():
-        shares = [bars[title].get(kind, 0.0) for title in lines]
+        shares = [bars[title].get(kind, 0.0) for title in titles]
         if not any(shares):
             continue
-        panel.barh(lines, shares, left=start, color=colour, label=kind)
+        panel.barh(titles, shares, left=starts, color=colour, label=kind)
         for number, share in enumerate(shares):
             if share >= 0.05:
-                middle = start[number] + share / 2
+                middle = starts[number] + share / 2
                 panel.text(middle, number, f"{share:.0%}", ha="center", va="center", color="white")
-        start = [left + share for left, share in zip(start, shares, strict=True)]
+            starts[number] += share
     panel.set_xlim(0, 1)
-    panel.set_xlabel(of_what)
+    panel.set_xlabel(xlabel)
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return with_legend(figure)

@@ -1,99 +1,77 @@
-# %% [markdown]
-# # The results on the pages
-# `python docs/_site/claims_page.py` writes what committed rows say: verdicts into the tables of
-# `docs/claims.md` and both READMEs, and key numbers between `<!-- NAME -->` and `<!-- /NAME -->` on any
-# page; and draws every case into `docs/figures/claims.png`. What stands around them is written by hand; tests hold the pages to the rows.
+"""The results of the claims: verdicts in tables written by hand, key numbers, and a dot for each case."""
 
-# %%
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import cache, partial
 
+import attacks
+from blocks import Blocks, committed, markdown
 from matplotlib import rc_context
+from six_findings import FINDINGS, result_of
 from support.claims import FAILS, HOLDS, IN_PART, ClaimResult
-from support.markdown import between, frame_markdown
 
-from harmcircuits.measurements import Rows
-from harmcircuits.views.figures import (
-    AMBER,
-    GREEN,
-    GREY,
-    STYLE,
-    Picture,
-    subplots,
-    with_legend,
-)
+from harmcircuits.views.figures import AMBER, GREEN, GREY, STYLE, Picture, subplots, with_legend
 
-ROOT = Path(__file__).parents[2]
-PAGES = (
-    "README.md",
-    "docs/claims.md",
-    "docs/results.md",
-    "docs/search_bench.md",
-    "docs/log/toy_models.md",
-    "analyses/README.md",
-)
-DOTS = {HOLDS: GREEN, IN_PART: AMBER, FAILS: GREY}
-# None or all of 48 items, or of the 24 of attacks: their intervals are said once, on the claims' page.
-EXTREME = re.compile(r"\b(0%|100%) \[(?:0%, (?:9|17)%|(?:91|83)%, 100%|-9%, 9%)\]")
-# Whose numbers are on a page besides those of the findings.
-QUESTIONS = ("put_back", "activation_patching", "shared_circuits")
+# None or all of 48 items, or of the 24 of attacks: the claims' page gives these intervals once.
+EXTREME = r"\b(0%|100%) \[(?:0%, (?:9|17)%|(?:91|83)%, 100%|-9%, 9%)\]"
+REFUSALS = "attacks, refusals preferred"
+# Claims and questions that have a block -> their analysis.
+ANALYSES = {
+    **FINDINGS,
+    "parts": "put_back",
+    "patching": "activation_patching",
+    "shared": "shared_circuits",
+}
 
 
-def with_result(page: str, result: ClaimResult) -> str:
-    """The page with the outcome of a claim and its key numbers, where it has places for them."""
-    parts = [EXTREME.sub(r"\1", frame_markdown(result.key_numbers))]
-    if result.outcome:
-        row = rf"(\| {re.escape(result.text)} \| )\*\*[^*]+\*\* \| [^|]+ \|"
-        page = re.sub(row, rf"\g<1>**{result.outcome}** | {result.count} |", page)
-        row = rf"(\| {result.name}: [^|]+ \| )[^|]+ \|"  # in the list of analyses
-        page = re.sub(row, rf"\g<1>{result.outcome}, {result.count} |", page)
-        parts.insert(0, f"**Result.** {result.outcome.capitalize()}: {result.count}.")
-    return between(page, result.name, *parts)
+@cache
+def result(name: str) -> ClaimResult:
+    """The result of a claim or question, from its committed rows."""
+    if name == REFUSALS:
+        attacked = attacks.claim.result(committed("attacks_refuse"))
+        return replace(attacked, name=name, outcome=None)
+    return result_of(ANALYSES[name])
 
 
-def results() -> list[ClaimResult]:
-    """What the committed rows of the findings and the questions say."""
-    if str(ROOT / "analyses") not in sys.path:
-        sys.path.insert(0, str(ROOT / "analyses"))
-    from six_findings import FINDINGS, committed
+def block(name: str) -> str:
+    """The outcome and the key numbers."""
+    claim = result(name)
+    numbers = markdown(claim.key_numbers.replace(EXTREME, r"\1", regex=True))
+    if not claim.outcome:
+        return numbers
+    return f"**Result.** {claim.outcome.capitalize()}: {claim.count}.\n\n{numbers}"
 
-    return [*committed([*FINDINGS.values(), *QUESTIONS]), attacks_on_refusals()]
 
-
-def attacks_on_refusals() -> ClaimResult:
-    """The attacks on masks that were told to prefer refusals."""
-    from attacks import claim
-
-    rows = Rows.read(ROOT / "analyses" / "rows" / "attacks_refuse.jsonl")
-    return replace(claim.result(rows), name="attacks, refusals preferred", outcome=None)
+def with_verdicts(page: str) -> str:
+    """The text of a page with the verdict on every claim that one of its tables lists."""
+    for claim in map(result, ANALYSES):
+        if claim.outcome:
+            row = rf"(\| {re.escape(claim.text)} \| )\*\*[^*]+\*\* \| [^|]+ \|"
+            page = re.sub(row, rf"\g<1>**{claim.outcome}** | {claim.count} |", page)
+            row = rf"(\| {claim.name}: [^|]+ \| )[^|]+ \|"  # in the list of analyses
+            page = re.sub(row, rf"\g<1>{claim.outcome}, {claim.count} |", page)
+    return page
 
 
 @rc_context(STYLE)
-def cases_picture(of_claims: list[ClaimResult]) -> Picture:
+def cases_picture() -> Picture:
     """A line of dots for each claim: a dot for each case."""
+    colours = {HOLDS: GREEN, IN_PART: AMBER, FAILS: GREY}
     figure, (panel,) = subplots(1, height=3.6)
-    names = [result.name for result in of_claims]
-    for height, result in enumerate(reversed(of_claims)):
-        outcomes = sorted(result.cases["outcome"], key=list(DOTS).index)
-        colours = [DOTS[outcome] for outcome in outcomes]
-        panel.scatter(range(len(outcomes)), [height] * len(outcomes), s=60, c=colours)
+    for height, name in enumerate(reversed(FINDINGS)):
+        outcomes = sorted(result(name).cases["outcome"], key=list(colours).index)
+        dots = [colours[outcome] for outcome in outcomes]
+        panel.scatter(range(len(dots)), [height] * len(dots), s=60, c=dots)
     for title, colour in (("borne out", GREEN), ("in part", AMBER), ("not", GREY)):
         panel.scatter([], [], s=60, c=colour, label=title)
-    panel.set_yticks(range(len(names)), names[::-1])
+    panel.set_yticks(range(len(FINDINGS)), list(FINDINGS)[::-1])
     panel.set_xticks([])
     panel.grid(visible=False)
     return with_legend(figure)
 
 
-# %%
-if __name__ == "__main__":
-    every_result = results()
-    findings = [result for result in every_result if result.outcome and result.name != "parts"]
-    cases_picture(findings).save(ROOT / "docs" / "figures" / "claims.png")
-    for path in [ROOT / name for name in PAGES]:
-        page = path.read_text(encoding="utf-8")
-        for result in every_result:
-            page = with_result(page, result)
-        path.write_text(page, encoding="utf-8")
+CLAIMS: Blocks = {name: partial(block, name) for name in FINDINGS}
+RESULTS: Blocks = {"parts": partial(block, "parts")}
+TOY_MODELS: Blocks = {name: partial(block, name) for name in ("patching", "shared")}
+SEARCH: Blocks = {REFUSALS: partial(block, REFUSALS)}
+PICTURES = {"claims.png": cases_picture}

@@ -1,82 +1,59 @@
-# %% [markdown]
-# # What the rows of "Which behaviours hang on few weights?" say
-# `python docs/_site/few_weights_page.py` applies the rule of `analyses/few_weights.py` to the committed rows,
-# writes the answer and the table between `<!-- NAME -->` and `<!-- /NAME -->` of `docs/few_weights.md`, and
-# draws its two figures.
+"""The blocks and figures of "Which behaviours hang on few weights?", by the rule of the analysis."""
 
-# %%
-from pathlib import Path
+from functools import partial
 
-from few_weights import (
-    CLOSER,
-    HALVES_ROWS,
-    OF_FILES,
-    ROWS,
-    TITLES,
-    hangs,
-    table,
-    table_of_halves,
-    targets,
-)
+import few_weights
+from blocks import Blocks, committed, markdown
+from few_weights import CLOSER, FILE_BEHAVIOURS, TITLES, targets
 from support.figures import cross_ablation_figure, heatmaps
-from support.markdown import between, frame_markdown
 
 from harmcircuits.measurements import Rows
 from harmcircuits.views.figures import Picture
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "few_weights.md"
-FIGURES = ROOT / "docs" / "figures"
-# Place on the page -> the model whose rows stand there; the first one is also drawn.
-MODELS = {
-    "few weights": "qwen2.5-coder-0.5b-instruct",
-    "few weights, larger model": "qwen2.5-coder-1.5b-instruct",
-    "few weights, smaller model": "smollm2-135m-instruct",
-}
+FIRST_MODEL = "qwen2.5-coder-0.5b-instruct"  # the one that is also drawn
 
 
-def answer(rows: Rows) -> str:
-    """How many behaviours hang on few weights, and which."""
-    few = [TITLES[name] for name in targets(rows) if hangs(rows, name)]
-    return (
-        f"**{len(few)} of {len(targets(rows))} hang on few weights: {', '.join(few) or 'none'}.**"
-    )
+def rows_of(model: str = FIRST_MODEL) -> Rows:
+    """The committed rows of a model."""
+    return committed("few_weights").where(model=model)
 
 
-def with_results(page: str, rows: Rows) -> str:
-    """The page with what the rows say of every model."""
-    for place, model in MODELS.items():
-        of_model = rows.where(model=model)
-        page = between(page, place, answer(of_model), frame_markdown(table(of_model)))
-    return between(page, "halves", frame_markdown(table_of_halves(Rows.read(HALVES_ROWS))))
+def answer(model: str) -> str:
+    """How many behaviours hang on few weights, and which; and the table of all."""
+    rows = rows_of(model)
+    names = targets(rows)
+    sparse = [TITLES[name] for name in names if few_weights.hangs(rows, name)]
+    count = f"{len(sparse)} of {len(names)} hang on few weights"
+    return f"**{count}: {', '.join(sparse) or 'none'}.**\n\n{markdown(few_weights.table(rows))}"
 
 
-def draw_doses(rows: Rows) -> Picture:
+def draw_doses() -> Picture:
     """The answers that show each behaviour, at every dose of the smaller mask's weights."""
     cells = Rows()
-    for target in targets(rows):
-        of_rate = rows.where(f"{target}_rate", target=target)
-        of_doses = of_rate.where(mask=CLOSER) + of_rate.where(mask="none")
-        of_doses = sorted(of_doses, key=lambda row: row.labels["dose"])
-        cells += [row.labelled(behaviour=TITLES[target]) for row in of_doses]
+    for target in targets(rows_of()):
+        rates = rows_of().where(f"{target}_rate", target=target)
+        doses = rates.where(mask=CLOSER) + rates.where(mask="none")
+        for row in sorted(doses, key=lambda row: row.labels["dose"]):
+            cells += [row.labelled(behaviour=TITLES[target])]
     return heatmaps({"answers that show it": cells}, x="dose", y="behaviour")
 
 
-def draw_others(rows: Rows) -> Picture:
-    """What is left of every behaviour under the mask of each."""
-    drawn = [target for target in targets(rows) if target not in OF_FILES]
-    rates = {f"{name}_rate": TITLES[name] for name in drawn}
-    cells = Rows(row.labelled(mask="none") for row in rows.where(mask="none"))
-    for target in drawn:
-        of_mask = rows.where(target=target, mask=CLOSER, dose=0.0)
-        cells += [row.labelled(mask=TITLES[target]) for row in of_mask]
-    shown = Rows(row for row in cells if row.metric in rates)
-    return cross_ablation_figure({"answers that show it": shown}, rates)
+def draw_others() -> Picture:
+    """The rate of every behaviour under the mask of each."""
+    names = [target for target in targets(rows_of()) if target not in FILE_BEHAVIOURS]
+    rates = {f"{name}_rate": TITLES[name] for name in names}
+    cells = rows_of().where(mask="none")
+    for target in names:
+        masked = rows_of().where(target=target, mask=CLOSER, dose=0.0)
+        cells += [row.labelled(mask=TITLES[target]) for row in masked]
+    cells = Rows(row for row in cells if row.metric in rates)
+    return cross_ablation_figure({"answers that show it": cells}, rates)
 
 
-if __name__ == "__main__":
-    measured = Rows.read(ROWS)
-    PAGE.write_text(with_results(PAGE.read_text(encoding="utf-8"), measured), encoding="utf-8")
-    measured = measured.where(model=MODELS["few weights"])
-    draw_doses(measured).save(FIGURES / "few_weights_doses.svg")
-    draw_others(measured).save(FIGURES / "few_weights_others.svg")
+BLOCKS: Blocks = {
+    "few weights": partial(answer, FIRST_MODEL),
+    "few weights, larger model": partial(answer, "qwen2.5-coder-1.5b-instruct"),
+    "few weights, smaller model": partial(answer, "smollm2-135m-instruct"),
+    "halves": lambda: few_weights.table_of_halves(committed("few_weights_halves")),
+}
+PICTURES = {"few_weights_doses.svg": draw_doses, "few_weights_others.svg": draw_others}

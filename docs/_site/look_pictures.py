@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The pictures of the guide "Look at a circuit"
-# `python docs/_site/look_pictures.py CHROMIUM` runs the code of `docs/guides/look.md` and saves what it shows
+# `python docs/_site/look_pictures.py CHROMIUM` runs the code of `docs/guides/look.md` and saves its pictures
 # into `docs/figures/`, each view as a browser draws it (`pip install -e '.[browser]'`).
 
 # %%
@@ -26,8 +26,8 @@ VIEWS = {
 
 
 # %%
-def shown(folder: Path) -> dict:
-    """What the guide's code makes, run in a folder."""
+def guide_names(folder: Path) -> dict:
+    """The names that the guide's code defines, run in a folder."""
     space: dict = {}
     with chdir(folder):
         for block in re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text("utf-8"), re.S | re.M):
@@ -39,7 +39,7 @@ def main(chromium: str) -> None:
     """Save the six pictures."""
     with TemporaryDirectory() as temporary, sync_playwright() as play:
         folder = Path(temporary)
-        space = shown(folder)
+        space = guide_names(folder)
         space["figure"].save(FIGURES / "look_map.png")
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": 100}, device_scale_factor=1.5)

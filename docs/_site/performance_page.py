@@ -1,23 +1,15 @@
-# %% [markdown]
-# # What the rows of the benchmark say
-# `python docs/_site/performance_page.py` writes what `tests/benchmark.py --out` measured into
-# `docs/performance.md`, between `<!-- NAME -->` and `<!-- /NAME -->`, and draws the history by commit.
+"""The tables of `tests/benchmark.py --out`, and the history by commit."""
 
-# %%
-from pathlib import Path
+from itertools import product
 
-import pandas
+from blocks import Blocks, committed
+from pandas import DataFrame
 from support.figures import profiles
-from support.markdown import between, frame_markdown
 
 from harmcircuits.measurements import Rows
 from harmcircuits.views.figures import Picture
 from harmcircuits.views.tables import DASH
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "performance.md"
-FIGURE = ROOT / "docs" / "figures" / "performance.svg"
-ROWS = ROOT / "analyses" / "rows" / "benchmark.jsonl"
 SHAPES = {
     "organism": "organism, 128 × 16 tokens",
     "gpt2-small": "GPT-2 small, 32 × 64",
@@ -34,80 +26,73 @@ METHODS = {
     "one by one": "a pass for each example",
     "layer by layer": "layer by layer, a pass for each example: the published scheme",
 }
-DRAWN = {"removal effect": "removal_effect", "SNIP": "snip_scores"}
+HISTORY = {"removal effect": "removal_effect", "SNIP": "snip_scores"}
 GIB = 2**30
 
 
-def latest(rows: Rows, **labels: str | int) -> Rows:
-    """The rows of the last commit that was measured so."""
-    of_labels = rows.where(**labels)
-    return of_labels.where(commit=of_labels[-1].labels["commit"]) if of_labels else of_labels
+def latest(**labels: str | int) -> Rows:
+    """The rows of the last commit that was measured in this way."""
+    rows = committed("benchmark").where(**labels)
+    return rows.where(commit=rows[-1].labels["commit"]) if rows else rows
 
 
-def table(rows: Rows) -> pandas.DataFrame:
-    """A line a method, a column a model and dtype: multiples of a plain pass."""
-    columns = {}
-    for shape, title in SHAPES.items():
-        for dtype in ("float32", "bfloat16"):
-            of_model = rows.where(shape=shape, dtype=dtype, processes=1)
-            if of_model:
-                columns[f"{title}, {dtype}"] = {name: _ratio(of_model, name) for name in METHODS}
-    lines = pandas.DataFrame(columns)
-    lines.insert(0, "", [METHODS[name] for name in lines.index])
-    return lines
+def settings(processes: int) -> dict[str, dict]:
+    """The title of each shape and dtype -> its labels."""
+    labels = {}
+    for shape, dtype in product(SHAPES, ("float32", "bfloat16")):
+        where = {"shape": shape, "dtype": dtype, "processes": processes}
+        labels[f"{SHAPES[shape]}, {dtype}"] = where
+    return labels
 
 
-def _ratio(rows: Rows, method: str) -> str:
-    of_method = latest(rows, method=method)
-    if not of_method:
+def score_table() -> DataFrame:
+    """A line a method, a column a shape and dtype: multiples of a plain pass."""
+    columns = {"": list(METHODS.values())}
+    for title, where in settings(processes=1).items():
+        if committed("benchmark").where(**where):
+            columns[title] = [ratio_text(latest(**where, method=name)) for name in METHODS]
+    return DataFrame(columns)
+
+
+def ratio_text(rows: Rows) -> str:
+    """A multiple of a plain pass; for the plain pass itself its seconds."""
+    if not rows:
         return DASH
-    if method == "plain":
-        return f"{of_method.one('seconds').mean:.3g} s"
-    return f"{of_method.one('ratio_to_plain').mean:.3g} ×"
+    if rows[0].labels["method"] == "plain":
+        return f"{rows.one('seconds').mean:.3g} s"
+    return f"{rows.one('ratio_to_plain').mean:.3g} ×"
 
 
-def table_of_memory(rows: Rows) -> pandas.DataFrame:
+def memory_table() -> DataFrame:
     """The peak of every method beside the model's weights, in GiB."""
-    lines = []
-    for name, title in METHODS.items():
-        line = {"": title}
-        for shape in ("gpt2-small", "qwen2.5-0.5b"):
-            of_method = latest(rows, shape=shape, dtype="bfloat16", processes=1, method=name)
-            peak = of_method.where("peak_bytes")
-            line[SHAPES[shape]] = f"{peak.one().mean / GIB:.2f} GiB" if peak else DASH
-        lines.append(line)
-    return pandas.DataFrame(lines)
+    columns = {"": list(METHODS.values())}
+    for shape in ("gpt2-small", "qwen2.5-0.5b"):
+        where = {"shape": shape, "dtype": "bfloat16", "processes": 1}
+        peaks = [latest(**where, method=name).where("peak_bytes") for name in METHODS]
+        texts = [f"{peak.one().mean / GIB:.2f} GiB" if peak else DASH for peak in peaks]
+        columns[SHAPES[shape]] = texts
+    return DataFrame(columns)
 
 
-def table_of_processes(rows: Rows) -> pandas.DataFrame:
+def process_table() -> DataFrame:
     """How many times as fast two processes are that share the examples."""
     lines = []
-    for shape, title in SHAPES.items():
-        for dtype in ("float32", "bfloat16"):
-            of_two = latest(rows, shape=shape, dtype=dtype, processes=2)
-            for name in DRAWN if of_two else ():
-                ratio = of_two.where("ratio_to_plain", method=name)
-                if ratio:
-                    faster = f"{1 / ratio.one().mean:.2f} ×"
-                    lines.append({"model": f"{title}, {dtype}", "": DRAWN[name], "faster": faster})
-    return pandas.DataFrame(lines)
+    for title, where in settings(processes=2).items():
+        for method, name in HISTORY.items():
+            ratio = latest(**where).where("ratio_to_plain", method=method)
+            if ratio:
+                faster = f"{1 / ratio.one().mean:.2f} ×"
+                lines.append({"model": title, "": name, "faster": faster})
+    return DataFrame(lines)
 
 
-def with_results(page: str, rows: Rows) -> str:
-    """The page with what the rows say."""
-    page = between(page, "scores", frame_markdown(table(rows)))
-    page = between(page, "memory", frame_markdown(table_of_memory(rows)))
-    return between(page, "processes", frame_markdown(table_of_processes(rows)))
-
-
-def history(rows: Rows) -> Picture:
-    """What scores of the smallest model cost at some commits, as multiples of a plain pass."""
-    ratios = rows.where("ratio_to_plain", shape="organism", dtype="float32", processes=1)
-    curves = {title: ratios.where(method=name) for name, title in DRAWN.items()}
+def history() -> Picture:
+    """The cost of scores of the smallest model by commit, as multiples of a plain pass."""
+    where = {"shape": "organism", "dtype": "float32", "processes": 1}
+    ratios = committed("benchmark").where("ratio_to_plain", **where)
+    curves = {title: ratios.where(method=name) for name, title in HISTORY.items()}
     return profiles({SHAPES["organism"]: curves}, x="commit", title="multiples of a plain pass")
 
 
-if __name__ == "__main__":
-    measured = Rows.read(ROWS)
-    PAGE.write_text(with_results(PAGE.read_text(encoding="utf-8"), measured), encoding="utf-8")
-    history(measured).save(FIGURE)
+BLOCKS: Blocks = {"scores": score_table, "memory": memory_table, "processes": process_table}
+PICTURES = {"performance.svg": history}

@@ -1,27 +1,16 @@
-# %% [markdown]
-# # The tables and the picture of the page of real models
-# `python docs/_site/real_models_page.py` writes what committed rows say into `docs/real_models.md`, between
-# `<!-- NAME -->` and `<!-- /NAME -->`, and draws what answers become into `docs/figures/answers.png`. A cell
-# whose figure is in no row is a dash, and fills once the row is there.
+"""The tables and the picture of the page of real models; a figure that is in no row is a dash."""
 
-# %%
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import blind_reading
-import pandas
 import real_ends
 from answer_bars import answer_bars
-from support.markdown import between, frame_markdown
+from blocks import Blocks, committed
+from pandas import DataFrame
 
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.views.figures import (
-    Picture,
-)
+from harmcircuits.views.figures import Picture
 from harmcircuits.views.tables import DASH
-
-ROOT = Path(__file__).parents[2]
-PAGE, PICTURE = ROOT / "docs" / "real_models.md", ROOT / "docs" / "figures" / "answers.png"
 
 # Line of a table -> the file of its rows, and the mask's name there.
 Masks = dict[str, tuple[str, str]]
@@ -51,8 +40,7 @@ SEARCHES = {
     "24 of these, 40 steps": "real_ends_half",
     "24 others, 40 steps, bfloat16": "real_ends_second",
 }
-SECOND = real_ends.ROWS.with_stem("real_ends_second")
-DRAWN = list(SMALL)[:7]
+BARS = list(SMALL)[:7]
 LOSSES = {"harm": "harm_nll", "benign": "benign_nll", "same prefill": "prefilled_nll"}
 ANSWERS = {
     "harmful": "harm_valid_rate",
@@ -74,106 +62,91 @@ ATTACKED = {
 }
 
 
-# %%
 @cache
 def rows_of(name: str) -> Rows:
     """Committed rows, of held-out answers under the usual prefill to the latest judge."""
-    rows = Rows.read(ROOT / "analyses" / "rows" / f"{name}.jsonl")
+    rows = committed(name)
     if name == "qwen15":  # the first step of another day, judged by rules
         return rows.where(dtype="bfloat16")
-    kept = [row for row in rows if row.labels.get("split", "heldout") == "heldout"]
-    return Rows(row for row in kept if not {"opening", "sources", "tokens"} & set(row.labels))
+    held_out = [row for row in rows if row.labels.get("split", "heldout") == "heldout"]
+    return Rows(row for row in held_out if not {"opening", "sources", "tokens"} & set(row.labels))
 
 
-def row_of(name: str, metric: str, mask: str) -> Measurement | None:
+def row_of(mask: tuple[str, str], metric: str) -> Measurement | None:
     """The row of a mask, if there is one."""
-    rows = rows_of(name).where(metric, mask=mask)
+    file, name = mask
+    rows = rows_of(file).where(metric, mask=name)
     return rows[0] if rows else None
 
 
-def table(masks: Masks) -> pandas.DataFrame:
-    """A line for each mask: rises of losses in nats per token, and what harmful answers become in %."""
+def table(masks: Masks) -> DataFrame:
+    """A line for each mask: rises of losses in nats per token, and kinds of harmful answers in %."""
     lines = []
-    for title, (name, mask) in masks.items():
-        removed = row_of(name, "weights_removed", mask)
-        line = {
-            "mask": title,
-            "weights": f"{removed.mean:,.0f}" if removed and removed.mean else DASH,
-        }
+    for title, mask in masks.items():
+        n_removed = row_of(mask, "weights_removed")
+        weights = f"{n_removed.mean:,.0f}" if n_removed and n_removed.mean else DASH
+        line = {"mask": title, "weights": weights}
         for column, metric in LOSSES.items():
-            row = row_of(name, f"{metric}_change", mask)
-            line[column] = rise(row, with_interval=column == "harm") if row else DASH
+            line[column] = rise(row_of(mask, f"{metric}_change"), with_interval=column == "harm")
         for column, metric in ANSWERS.items():
-            row = row_of(name, metric, mask)
-            line[f"{column}, %"] = per_cent(row, with_interval=column == "harmful") if row else DASH
+            row = row_of(mask, metric)
+            line[f"{column}, %"] = per_cent(row, with_interval=column == "harmful")
         lines.append(line)
-    return pandas.DataFrame(lines)
+    return DataFrame(lines)
 
 
-def attack_table() -> pandas.DataFrame:
+def attack_table() -> DataFrame:
     """A line for each attack: harmful answers in %."""
     rows = rows_of("qwen_attacks").where(ANSWERS["harmful"])
     lines = []
     for attack, where in ATTACKS.items():
         line = {"attack": attack}
         for title, mask in ATTACKED.items():
-            trained = where["step"] and mask != "none"
-            of_mask = f"{mask}, then free" if trained else mask
-            line[title] = per_cent(rows.one(mask=of_mask, **where))
+            is_free = where["step"] and mask != "none"
+            name = f"{mask}, then free" if is_free else mask
+            line[title] = per_cent(rows.one(mask=name, **where))
         lines.append(line)
-    return pandas.DataFrame(lines)
+    return DataFrame(lines)
 
 
-def rise(row: Measurement, *, with_interval: bool) -> str:
-    """Of a loss; without a sign where it rounds to zero."""
+def rise(row: Measurement | None, *, with_interval: bool) -> str:
+    """The rise of a loss; without a sign where it rounds to zero."""
+    if row is None:
+        return DASH
     mean, low, high = (round(value, 2) + 0.0 for value in (row.mean, row.low, row.high))
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]" if with_interval and high else f"{mean:.2f}"
 
 
-def per_cent(row: Measurement, *, with_interval: bool = True) -> str:
-    """Of answers, without the sign of per cent."""
+def per_cent(row: Measurement | None, *, with_interval: bool = True) -> str:
+    """A share of answers, without the sign of per cent."""
+    if row is None:
+        return DASH
     mean, low, high = (f"{100 * value:.0f}" for value in (row.mean, row.low, row.high))
     return f"{mean} [{low}, {high}]" if with_interval else mean
 
 
-def searches() -> pandas.DataFrame:
-    """What is refused under the mask of every search that prefers refusals."""
-    rows = {title: ROOT / "analyses" / "rows" / f"{name}.jsonl" for title, name in SEARCHES.items()}
-    return real_ends.table_of_searches({title: Rows.read(file) for title, file in rows.items()})
+def search_table() -> DataFrame:
+    """The answers under the mask of every search that prefers refusals."""
+    return real_ends.table_of_searches({title: committed(SEARCHES[title]) for title in SEARCHES})
 
 
-TABLES = {
-    "Qwen 0.5B, today": lambda: real_ends.table(Rows.read(real_ends.ROWS)),
-    "Qwen 0.5B, read blind": lambda: blind_reading.table(Rows.read(real_ends.ROWS)),
-    "Qwen 0.5B, read blind again": lambda: blind_reading.table(Rows.read(SECOND)),
-    "Qwen 0.5B, searches": searches,
-    "Qwen 0.5B, beginnings": lambda: real_ends.table_of_beginnings(Rows.read(real_ends.ROWS)),
-    "Qwen 0.5B": lambda: table(SMALL),
-    "Qwen 0.5B attacked": attack_table,
-    "Qwen 1.5B": lambda: table(LARGE),
-}
-
-
-def with_tables(page: str) -> str:
-    """The page with every table in its place."""
-    for name, made in TABLES.items():
-        page = between(page, name, frame_markdown(made()))
-    return page
-
-
-def drawn() -> Picture:
-    """What harmful answers become: a bar for each mask."""
-    bars: dict[str, dict[str, float]] = {}
-    for title in DRAWN:
-        bars[title] = {}
-        for kind, metric in ANSWERS.items():
-            row = row_of(SMALL[title][0], metric, SMALL[title][1])
-            assert row is not None, title
-            bars[title][kind] = row.mean
+def answers_picture() -> Picture:
+    """The kinds of harmful answers: a bar for each mask."""
+    bars = {}
+    for title in BARS:
+        rows = {kind: row_of(SMALL[title], metric) for kind, metric in ANSWERS.items()}
+        bars[title] = {kind: row.mean for kind, row in rows.items() if row is not None}
     return answer_bars(bars, "of 37 held-out harmful answers")
 
 
-# %%
-if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    drawn().save(PICTURE)
+BLOCKS: Blocks = {
+    "Qwen 0.5B, today": lambda: real_ends.table(committed("real_ends")),
+    "Qwen 0.5B, read blind": lambda: blind_reading.table(committed("real_ends")),
+    "Qwen 0.5B, read blind again": lambda: blind_reading.table(committed("real_ends_second")),
+    "Qwen 0.5B, searches": search_table,
+    "Qwen 0.5B, beginnings": lambda: real_ends.table_of_beginnings(committed("real_ends")),
+    "Qwen 0.5B": partial(table, SMALL),
+    "Qwen 0.5B attacked": attack_table,
+    "Qwen 1.5B": partial(table, LARGE),
+}
+PICTURES = {"answers.png": answers_picture}

@@ -1,285 +1,115 @@
-# %% [markdown]
-# # What the rows of "Removed, or only hidden?" say
-# `python docs/_site/removed_or_hidden_page.py [ROWS]` applies the rules of
-# `analyses/removed_or_hidden.py` and `analyses/relearning.py` to the committed rows (or to those of a
-# run), writes verdicts and tables between `<!-- NAME -->` and `<!-- /NAME -->` of
-# `docs/removed_or_hidden.md`, the verdicts into README as well, and draws the figures.
+"""The blocks and figures of "Removed, or only hidden?", from rows and the rules in `support`."""
 
-# %%
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
-from itertools import product
-from math import inf, isinf
-from pathlib import Path
+from math import isinf
 from statistics import median
-from typing import Any
 
 import real_removed
+from blocks import Blocks, committed, markdown
+from pandas import DataFrame
+from support import removed_or_hidden as rules
 from support.claims import FAILS, HOLDS, verdict
 from support.figures import heatmaps, profiles
-from support.jobs import CPU, DONE
-from support.markdown import between, frame_markdown, markdown_table
+from support.tampering import BENIGN, HARM, PLAIN
 
-from harmcircuits.measurements import Measurement, Rows
+from harmcircuits.measurements import Rows
 from harmcircuits.views.figures import Picture
 from harmcircuits.views.tables import DASH
 
-ROOT = Path(__file__).parents[2]
-PAGE, README = ROOT / "docs" / "removed_or_hidden.md", ROOT / "README.md"
-FIGURES = ROOT / "docs" / "figures"
-ROWS = ROOT / "analyses" / "rows" / "removed_or_hidden.jsonl"
-HARM, PLAIN, BENIGN = "harm_valid_rate", "plain_harm_rate", "benign_valid_rate"
-MOST = 0.05 + 1e-9  # of a rate; the last bit of a difference does not decide
-HALF, ANY = 0.5, 0.1
+
+def k_of_n(cases: list[bool]) -> str:
+    """How many cases hold."""
+    return f"{sum(cases)} of {len(cases)}"
 
 
-def k_of_n(verdicts: Iterable[bool]) -> str:
-    """How many hold."""
-    known = list(verdicts)
-    return f"{sum(known)} of {len(known)}" if known else "not measured yet"
+def rows_of(question: str) -> Rows:
+    """The committed rows of a question."""
+    return committed("removed_or_hidden").where(question=question)
 
 
-# %% [markdown]
-# ## The rules
+def verdicts(page: str = "") -> DataFrame:
+    """The verdict on every claim, linked to its part of a page."""
+    lines = []
+    for text, (question, cases_of) in rules.CLAIMS.items():
+        cases = cases_of(rows_of(question))
+        outcome = verdict([HOLDS if case else FAILS for case in cases])
+        line = {"the circuit of harm": f"[{text}]({page}#{question})"}
+        lines.append(line | {"verdict": f"**{outcome}**", "cases": k_of_n(cases)})
+    return DataFrame(lines)
 
 
-# %%
-def of_dose(rows: Rows) -> str:
-    """What one mask's doses say of it: "of harm", "down only" or "neither"."""
-    change = {row.labels["dose"]: row for row in rows.where("harm_margin_change")}
-    falls, rises = change[0.0].high < 0, change[1.5].low > 0
-    means = [change[dose].mean for dose in (0.0, 0.25, 0.5, 1.0, 1.5)]
-    grows = means == sorted(means)
-    if falls and rises and grows:
-        return "of harm"
-    return "down only" if falls and not rises else "neither"
+# A sentence for each question, and a table where there is more to say
 
 
-def survives(rows: Rows, line: str, how: str) -> bool | None:
-    """Whether a removal outlives a format; None where there is none, or no model afterwards."""
-    benign = [rows.one(BENIGN, line="unpruned", format=name).mean for name in ("none", how)]
-    harm = [rows.one(HARM, line=line, format=name).mean for name in ("none", how)]
-    if benign[0] - benign[1] > MOST or harm[0] > HALF:
-        return None
-    return harm[1] - harm[0] <= MOST
-
-
-def n_sufficient(rows: Rows) -> int:
-    """How many circuits halve a behaviour, one after another, before the first that does not."""
-    left = [row.mean for row in rows if row.metric in (HARM, BENIGN)]
-    count = 0
-    for share in left[1:]:
-        if share > HALF * left[0]:
-            break
-        count += 1
-    return count
-
-
-def specific_circuits(rows: Rows) -> dict[str, bool]:
-    """Whether each circuit hurts its own task, and its task is hurt by it, beyond all others."""
-    p_values = {}
-    for row in rows.where("specificity_p"):
-        p_values[row.labels["line"], row.labels["way"]] = row.mean
-    rejected = holm(p_values)
-    tasks = dict.fromkeys(str(task) for task, _ in p_values)
-    ways = {way for _, way in p_values}
-    return {task: all((task, way) in rejected for way in ways) for task in tasks}
-
-
-def holm(p_values: Mapping[Any, float], level: float = 0.05) -> set[Any]:
-    """The hypotheses that Holm's procedure rejects. Source: Holm 1979."""
-    rejected = set()
-    for number, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        if p_values[name] > level / (len(p_values) - number):
-            break
-        rejected.add(name)
-    return rejected
-
-
-def steps_to(rows: Rows, share: float) -> list[float]:
-    """For every seed the first measured step with so many harmful requests answered."""
-    steps = []
-    for of_seed in rows.where(PLAIN).by("seed").values():
-        reached = [float(row.labels["step"]) for row in of_seed if row.mean >= share]
-        steps.append(min(reached, default=inf))
-    return steps
-
-
-def is_slower(rows: Rows, line: str, other: str) -> bool:
-    """Whether the fastest seed of a line takes more steps than the slowest of another."""
-    fastest = min(steps_to(rows.where(line=line), HALF))
-    return fastest > max(steps_to(rows.where(line=other), HALF))
-
-
-def is_removed(rows: Rows, line: str) -> bool:
-    """Whether harm takes as long as in the model that never saw any."""
-    steps, innocent = (steps_to(rows.where(line=name), HALF) for name in (line, "innocent"))
-    return median(steps) >= median(innocent)
-
-
-def comes_back(rows: Rows) -> bool:
-    """Whether harm that was not there is answered in some seed at some step."""
-    for of_metric in (rows.where(HARM), rows.where(PLAIN)):
-        if of_metric and of_metric.where(step=0).largest().mean < ANY <= of_metric.largest().mean:
-            return True
-    return False
-
-
-# %% [markdown]
-# ## The cases of each question: a ladder, or what is named beside it
-
-
-# %%
-def moved_both_ways(rows: Rows) -> list[bool]:
-    """By the dose of the circuit, on every ladder."""
-    changes = rows.where("harm_margin_change", line="search").by("ladder").values()
-    return [of_dose(change) == "of harm" for change in changes]
-
-
-def surviving(rows: Rows, line: str = "search") -> list[bool]:
-    """Every ladder and format that leaves the unpruned model able."""
-    formats = [how for how in rows.by("format") if how != "none"]
-    verdicts = [
-        survives(of_ladder, line, how)
-        for of_ladder, how in product(rows.by("ladder").values(), formats)
-    ]
-    return [verdict for verdict in verdicts if verdict is not None]
-
-
-def single(rows: Rows) -> list[bool]:
-    """Whether no second circuit of harm beside the first suffices, on every ladder."""
-    of_ladders = rows.where(target="harmful").by("ladder").values()
-    return [n_sufficient(of_ladder) == 1 for of_ladder in of_ladders]
-
-
-def specific(rows: Rows) -> list[bool]:
-    """The circuit of harm, on every ladder."""
-    return [specific_circuits(of_ladder)["harmful"] for of_ladder in rows.by("ladder").values()]
-
-
-def slower(rows: Rows, line: str = "search", other: str = "random") -> list[bool]:
-    """Every ladder and way of training."""
-    return [is_slower(of, line, other) for of in rows.by("ladder", "training").values()]
-
-
-def removed(rows: Rows) -> list[bool]:
-    """The same, where there is an innocent twin."""
-    attacks = rows.by("ladder", "training").values()
-    return [
-        is_removed(of_attack, "search") for of_attack in attacks if of_attack.where(line="innocent")
-    ]
-
-
-def staying_away(rows: Rows, line: str = "search") -> list[bool]:
-    """Every ladder and way of training on benign answers."""
-    attacks = rows.where(line=line).by("ladder", "training").values()
-    return [not comes_back(of_attack) for of_attack in attacks]
-
-
-CLAIMS: dict[str, tuple[str, Callable[[Rows], list[bool]]]] = {
-    "more or less of its weights moves harm's margin both ways": ("dose", moved_both_ways),
-    "its removal survives int8, int4, GPTQ and NF4": ("rounding", surviving),
-    "no second circuit beside it halves harm": ("redundancy", single),
-    "it hurts harm beyond all else, and nothing else hurts harm so": ("specificity", specific),
-    "without it, harmful training takes longer than without random weights": ("relearning", slower),
-    "... as long as where there never was any harm": ("relearning", removed),
-    "... longer still if the search reckons with it": (
-        "relearning",
-        partial(slower, line="search that reckons", other="search"),
-    ),
-    "benign training brings no harm back": ("benign", staying_away),
-}
-"""What is asked of the circuit of harm, the question whose rows tell, and the cases that bear it out."""
-
-
-def verdicts(rows: Rows, page: str = "") -> str:
-    """All questions with the cases that bear them out, linked to a page."""
-    body = []
-    for text, (question, cases) in CLAIMS.items():
-        borne_out = cases(rows.where(question=question))
-        said = verdict([HOLDS if case else FAILS for case in borne_out])
-        cell = f"**{said}**" if borne_out else DASH
-        body.append([f"[{text}]({page}#{question})", cell, k_of_n(borne_out)])
-    return markdown_table(["the circuit of harm", "verdict", "cases"], body)
-
-
-# %% [markdown]
-# ## The page: for each question a sentence, and a table where there is more to say
-
-
-# %%
 def dose(rows: Rows) -> str:
-    of_controls, body = [], []
-    for line, of_line in rows.where("harm_margin_change").by("line").items():
-        cells = []
-        for of_mask in of_line.by("ladder").values():
-            what = of_dose(of_mask)
-            if line != "search":
-                of_controls.append(what == "of harm")
-            at = {row.labels["dose"]: f"{row.mean:+.2f}" for row in of_mask}
-            cells.append(f"{at[0.0]}, {at[1.5]}: {what}")
-        body.append([line, *cells])
+    control_verdicts = []
+    lines = []
+    for name, doses in rows.where("harm_margin_change").by("line").items():
+        line = {"mask": name}
+        for ladder, changes in doses.by("ladder").items():
+            text = rules.dose_verdict(changes)
+            if name != "search":
+                control_verdicts.append(text == "of harm")
+            ends = [f"{changes.one(dose=end).mean:+.2f}" for end in (0.0, 1.5)]
+            line[ladder] = f"{', '.join(ends)}: {text}"
+        lines.append(line)
     return (
-        f"**The circuit is *of* harm on {k_of_n(moved_both_ways(rows))} ladders; of the controls "
-        f"{k_of_n(of_controls)} are.** Change of the margin at dose 0, and at 1.5:\n\n"
-        f"{markdown_table(['mask', *rows.by('ladder')], body)}"
+        f"**The circuit is *of* harm on {k_of_n(rules.dose_cases(rows))} ladders; of the controls "
+        f"{k_of_n(control_verdicts)} are.** Change of the margin at dose 0, and at 1.5:\n\n"
+        f"{markdown(DataFrame(lines))}"
     )
 
 
 def rounding(rows: Rows) -> str:
-    formats = ["none", *(how for how in rows.by("format") if how != "none")]
-    body = []
-    for line, of_line in rows.where(HARM).by("line").items():
-        body.append([line, *(ends(of_line.where(format=how), ".0%") for how in formats)])
+    lines = []
+    for name, formats in rows.where(HARM).by("line").items():
+        line = {"what was done": name}
+        for format_name, rates in formats.by("format").items():
+            title = "as it is" if format_name == "none" else format_name
+            line[title] = extremes(rates, ".0%")
+        lines.append(line)
     return (
-        f"**Of the formats that leave the unpruned model able, a removal survives: search in "
-        f"{k_of_n(surviving(rows))}, refusal training in {k_of_n(surviving(rows, 'refusal training'))}.** "
-        f'Valid harm, begun with "sure", over the ladders:\n\n'
-        f"{markdown_table(['what was done', 'as it is', *formats[1:]], body)}"
+        "**Of the formats that leave the unpruned model able, a removal survives: search in "
+        f"{k_of_n(rules.rounding_cases(rows))}, refusal training in "
+        f"{k_of_n(rules.rounding_cases(rows, 'refusal training'))}.** "
+        f'Valid harm, begun with "sure", over the ladders:\n\n{markdown(DataFrame(lines))}'
     )
 
 
 def redundancy(rows: Rows) -> str:
-    said = []
-    for (target, ladder), of_target in rows.by("target", "ladder").items():
-        tried = max(int(row.labels["circuit"]) for row in of_target)
-        count = n_sufficient(of_target)
-        more = "or more " if count == tried else ""
-        said.append(f"{target} on {ladder}: {count} {more}of {tried} tried")
-    return f"**Disjoint circuits of which each suffices: {'; '.join(said)}.**"
+    texts = []
+    for (target, ladder), circuits in rows.by("target", "ladder").items():
+        n_tried = max(int(row.labels["circuit"]) for row in circuits)
+        count = rules.n_sufficient(circuits)
+        words = "or more of" if count == n_tried else "of"
+        texts.append(f"{target} on {ladder}: {count} {words} {n_tried} tried")
+    return f"**Disjoint circuits of which each suffices: {'; '.join(texts)}.**"
 
 
 def specificity(rows: Rows) -> str:
-    of_ladders = [specific_circuits(of_ladder) for of_ladder in rows.by("ladder").values()]
-    of_tasks = {task: [of[task] for of in of_ladders] for task in of_ladders[0]}
-    said = [f"{task} {k_of_n(holds)}" for task, holds in of_tasks.items()]
-    everything = [hold for holds in of_tasks.values() for hold in holds]
-    return f"**{k_of_n(everything)} circuits are specific in both ways** ({', '.join(said)})."
+    frame = DataFrame(rules.specific_tasks(ladder) for ladder in rows.by("ladder").values())
+    texts = [f"{task} {k_of_n(frame[task].tolist())}" for task in frame]
+    total = k_of_n(frame.to_numpy().flatten().tolist())
+    return f"**{total} circuits are specific in both ways** ({', '.join(texts)})."
 
 
 def relearning(rows: Rows) -> str:
-    ladders, body = list(rows.by("ladder")), []
-    for (training, line), of_line in rows.where(PLAIN).by("training", "line").items():
-        of_ladders, cells = of_line.by("ladder"), []
-        for ladder in ladders:
-            # Only the first ladder has an innocent twin.
-            cells.append(both_steps(of_ladders[ladder]) if ladder in of_ladders else DASH)
-        body.append([training, line, *cells])
-    reckons = slower(rows, "search that reckons", "search")
+    table = attack_table(rows, half_and_most)
     return (
-        f"**The circuit slows relearning in {k_of_n(slower(rows))} attacks. Harm is removed, not hidden, in "
-        f"{k_of_n(removed(rows))}. The search that reckons with relearning slows it further in "
-        f"{k_of_n(reckons)}.** Steps until half of the harmful requests are answered, the median of five "
-        "seeds and their range; and until nine tenths are, the median:\n\n"
-        f"{markdown_table(['training', 'line', *ladders], body)}"
+        f"**The circuit slows relearning in {k_of_n(rules.slower_cases(rows))} attacks. Harm is "
+        f"removed, not hidden, in {k_of_n(rules.removed_cases(rows))}. The search that reckons with "
+        f"relearning slows it further in {k_of_n(rules.reckoning_cases(rows))}.** Steps until half "
+        "of the harmful requests are answered, the median of five seeds and their range; and until "
+        f"nine tenths are, the median:\n\n{markdown(table)}"
     )
 
 
-def both_steps(rows: Rows) -> str:
-    """To half, with the range of the seeds, and to nine tenths."""
-    half, most = (steps_to(rows, share) for share in (HALF, 0.9))
-    return f"{span(half)}; {span([median(most)])}"
+def half_and_most(rows: Rows) -> str:
+    """The steps to half, with the range of the seeds, and to nine tenths."""
+    to_half = rules.first_steps(rows, rules.HALF)
+    to_most = rules.first_steps(rows, 0.9)
+    return f"{span(to_half)}; {span([median(to_most)])}"
 
 
 def span(steps: list[float]) -> str:
@@ -290,33 +120,38 @@ def span(steps: list[float]) -> str:
 
 
 def benign(rows: Rows) -> str:
-    said, body = [], []
-    ladders = list(rows.by("ladder"))
+    texts = []
     for line in rows.by("line"):
-        back = [not away for away in staying_away(rows, str(line))]
-        said.append(f"{line} {k_of_n(back)}")
-    for (training, line), of_line in rows.by("training", "line").items():
-        cells = []
-        for of_ladder in of_line.by("ladder").values():
-            cells.append(f"{of_ladder.where(PLAIN).largest().mean:.0%}")
-        body.append([training, line, *cells])
+        returns = [not away for away in rules.benign_cases(rows, line)]
+        texts.append(f"{line} {k_of_n(returns)}")
+    table = attack_table(rows, lambda curves: f"{curves.where(PLAIN).largest().mean:.0%}")
     return (
-        f"**Harm comes back on benign answers alone: {', '.join(said)}.** The most harm at any step, "
-        f"plainly asked:\n\n{markdown_table(['training', 'line', *ladders], body)}"
+        f"**Harm comes back on benign answers alone: {', '.join(texts)}.** The most harm at any "
+        f"step, plainly asked:\n\n{markdown(table)}"
     )
 
 
+def attack_table(rows: Rows, cell: Callable[[Rows], str]) -> DataFrame:
+    """A line for each training and line, a column for each ladder."""
+    lines = []
+    for (training, name), curves in rows.where(PLAIN).by("training", "line").items():
+        ladders = {ladder: cell(curve) for ladder, curve in curves.by("ladder").items()}
+        lines.append({"training": training, "line": name, **ladders})
+    return DataFrame(lines).fillna(DASH)  # only the first ladder has a model without any harm
+
+
 def cost(rows: Rows) -> str:
-    body = []
-    for line, of_line in rows.by("line").items():
-        cells = [ends(of_line.where("weights_removed"), ",.0f")]
-        cells.append(ends(of_line.where("edit_norm"), ".1f"))
-        cells += [ends(of_line.where(HARM), ".0%"), ends(of_line.where("benign_nll"), ".3f")]
-        body.append([line, *cells])
-    return markdown_table(["mask", "weights", "length of the edit", "harm", "benign loss"], body)
+    lines = []
+    for mask, figures in rows.by("line").items():
+        line = {"mask": mask, "weights": extremes(figures.where("weights_removed"), ",.0f")}
+        line["length of the edit"] = extremes(figures.where("edit_norm"), ".1f")
+        line["harm"] = extremes(figures.where(HARM), ".0%")
+        line["benign loss"] = extremes(figures.where("benign_nll"), ".3f")
+        lines.append(line)
+    return markdown(DataFrame(lines))
 
 
-def ends(rows: Rows, spec: str) -> str:
+def extremes(rows: Rows, spec: str) -> str:
     """The smallest and the largest of some figures; a dash for none."""
     if not rows:
         return DASH
@@ -324,58 +159,7 @@ def ends(rows: Rows, spec: str) -> str:
     return " to ".join(dict.fromkeys(figures))
 
 
-# Place on the page, and the question whose rows it is of -> what stands there.
-SECTIONS: dict[str, tuple[str, Callable[[Rows], str]]] = {
-    "cost": ("masks", cost),
-    "dose": ("dose", dose),
-    "rounding": ("rounding", rounding),
-    "redundancy": ("redundancy", redundancy),
-    "specificity": ("specificity", specificity),
-    "relearning": ("relearning", relearning),
-    "benign": ("benign", benign),
-}
-# What each figure shows.
-SHOWN = {
-    "dose": "The margin of harmful answers over their benign twins, and valid harmful answers, by the dose of each mask",
-    "rounding": "Valid harmful and benign answers of each model as it is, and in each format",
-    "redundancy": "Valid answers that are left without the first, the second and further circuits that share no weight",
-    "specificity": "The rise of the loss of every task under the circuit of every behaviour",
-    "relearning": "Valid harmful answers, plainly asked and once begun, by the step of harmful training",
-    "benign": "Valid harmful answers, plainly asked and once begun, by the step of benign training",
-}
-
-
-def with_results(page: str, rows: Rows) -> str:
-    """The page with what the rows say."""
-    page = between(page, "verdicts", verdicts(rows))
-    for name, (question, text) in SECTIONS.items():
-        parts = [text(rows.where(question=question))]
-        if name in SHOWN:
-            parts.append(f"![{SHOWN[name]}](figures/removed_{name}.svg)")
-        page = between(page, name, *parts)
-    of_real = real_removed.table(Rows.read(real_removed.ROWS))
-    return between(page, "real", frame_markdown(of_real))
-
-
-def with_verdicts(readme: str, rows: Rows) -> str:
-    """The README with the verdicts alone."""
-    return between(readme, "removed or hidden", verdicts(rows, "docs/removed_or_hidden.md"))
-
-
-# %% [markdown]
-# ## The figures, of the first ladder
-
-
-# %%
-def figures(rows: Rows) -> dict[str, Picture]:
-    """By the name of its file, of the questions that were measured."""
-    first = rows.where(ladder=rows[0].labels["ladder"])
-    drawn = {}
-    for question, draw in DRAWN.items():
-        of_question = first.where(question=question)
-        if of_question:
-            drawn[question] = draw(of_question)
-    return drawn
+# Figures, of the first ladder
 
 
 def draw_dose(rows: Rows) -> Picture:
@@ -405,16 +189,36 @@ def draw_specificity(rows: Rows) -> Picture:
 
 def draw_training(rows: Rows) -> Picture:
     panels = {}
-    for training, of_training in rows.by("training").items():
+    for training, attack in rows.by("training").items():
         for title, metric in {"plainly asked": PLAIN, "begun": HARM}.items():
-            curves = {}
-            for line, of_line in of_training.where(metric).by("line").items():
-                curves[line] = carried(of_line).pool("seed")
+            lines = attack.where(metric).by("line").items()
+            curves = {line: carried(seeds).pool("seed") for line, seeds in lines}
             panels[f"{training}, {title}"] = curves
     return profiles(panels, x="step", title="valid harmful answers")
 
 
-DRAWN = {
+def carried(rows: Rows) -> Rows:
+    """Every seed at every step that any was measured at: where it stopped, it stays."""
+    steps = sorted({int(row.labels["step"]) for row in rows})
+    curves = Rows()
+    for seed in rows.by("seed").values():
+        points = {int(row.labels["step"]): row for row in seed}
+        for step in steps:
+            last = max(point for point in points if point <= step)
+            curves += [points[last].labelled(step=step)]
+    return curves
+
+
+# Question -> its text, its figure, and the words for readers who cannot see it.
+TEXTS: dict[str, Callable[[Rows], str]] = {
+    "dose": dose,
+    "rounding": rounding,
+    "redundancy": redundancy,
+    "specificity": specificity,
+    "relearning": relearning,
+    "benign": benign,
+}
+FIGURES: dict[str, Callable[[Rows], Picture]] = {
     "dose": draw_dose,
     "rounding": draw_rounding,
     "redundancy": draw_redundancy,
@@ -422,28 +226,32 @@ DRAWN = {
     "relearning": draw_training,
     "benign": draw_training,
 }
+CAPTIONS = {
+    "dose": "The margin of harmful answers over their benign twins, and valid harmful answers, by the dose of each mask",
+    "rounding": "Valid harmful and benign answers of each model as it is, and in each format",
+    "redundancy": "Valid answers that are left without the first, the second and further circuits that share no weight",
+    "specificity": "The rise of the loss of every task under the circuit of every behaviour",
+    "relearning": "Valid harmful answers, plainly asked and once begun, by the step of harmful training",
+    "benign": "Valid harmful answers, plainly asked and once begun, by the step of benign training",
+}
 
 
-def carried(rows: Rows) -> Rows:
-    """Every seed at every step that any was measured at: where it stopped, it stays."""
-    steps = sorted({int(row.labels["step"]) for row in rows})
-    every: list[Measurement] = []
-    for of_seed in rows.by("seed").values():
-        at = {int(row.labels["step"]): row for row in of_seed}
-        for step in steps:
-            last = max(known for known in at if known <= step)
-            every.append(at[last].labelled(step=step))
-    return Rows(every)
+def section(question: str) -> str:
+    """The results of a question, above its figure."""
+    text = TEXTS[question](rows_of(question))
+    return f"{text}\n\n![{CAPTIONS[question]}](figures/removed_{question}.svg)"
 
 
-def read(path: str | Path = ROWS) -> Rows:
-    """The rows of a run without the times of its jobs."""
-    return Rows(row for row in Rows.read(path) if row.metric not in (DONE, CPU))
+def picture(question: str) -> Picture:
+    """The figure of a question."""
+    return FIGURES[question](rows_of(question).where(ladder="shipped"))
 
 
-if __name__ == "__main__":
-    measured = read(*sys.argv[1:])
-    for path, written in ((PAGE, with_results), (README, with_verdicts)):
-        path.write_text(written(path.read_text(encoding="utf-8"), measured), encoding="utf-8")
-    for name, picture in figures(measured).items():
-        picture.save(FIGURES / f"removed_{name}.svg")
+BLOCKS: Blocks = {
+    "verdicts": verdicts,
+    "cost": lambda: cost(rows_of("masks")),
+    **{question: partial(section, question) for question in TEXTS},
+    "real": lambda: real_removed.table(committed("real_removed")),
+}
+README: Blocks = {"removed or hidden": partial(verdicts, "docs/removed_or_hidden.md")}
+PICTURES = {f"removed_{question}.svg": partial(picture, question) for question in TEXTS}

@@ -1,4 +1,4 @@
-"""The tour as a page: `docs/tour.py` runs as a notebook, and what each cell shows stands below it.
+"""The tour as a page: `docs/tour.py` runs as a notebook, with the outputs of each cell below it.
 
 `mkdocs build` runs it (half a minute); `mkdocs serve` shows its code alone.
 """
@@ -18,12 +18,12 @@ SVG, PNG = "image/svg+xml", "image/png"
 INTRODUCTION = '<a href="tour.py" download>Download as a notebook (py:percent)</a>'
 
 is_run = True
-# What Markdown must not touch, by the comment that holds its place until the page is HTML.
-shown: dict[str, str] = {}
+# HTML that Markdown must not touch, by the comment that holds its place.
+contents: dict[str, str] = {}
 
 
 def executed(path: Path) -> NotebookNode:
-    """A py:percent script as a notebook that has been run, from the folder it is in."""
+    """A py:percent script as a notebook after a run in its folder."""
     notebook = jupytext.read(path, fmt="py:percent")
     place = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
@@ -31,7 +31,7 @@ def executed(path: Path) -> NotebookNode:
 
 
 def on_startup(*, command: str, **_: object) -> None:
-    """A page that is written again at every keystroke is not run again."""
+    """Run the tour for `build` alone: `serve` writes the page at every keystroke."""
     global is_run
     is_run = command == "build"
 
@@ -44,20 +44,20 @@ def on_files(site: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Pages link to the notebook, which a repository has; the site has its page."""
+    """Links to the notebook, which the repository has, lead to its page."""
     return markdown.replace("](tour.py)", "](tour.md)").replace("](../tour.py)", "](../tour.md)")
 
 
 def on_post_page(output: str, *, page: Any, **_: object) -> str:
-    """Put what the cells show in its place."""
+    """Put the outputs of the cells in their places."""
     if page.file.src_uri == "tour.md":
-        for place, content in shown.items():
+        for place, content in contents.items():
             output = output.replace(place, content)
     return output
 
 
 def page(notebook: NotebookNode) -> str:
-    """A notebook as Markdown; pictures and tables are held back in `shown`."""
+    """A notebook as Markdown; pictures and tables are held back in `contents`."""
     parts = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -65,12 +65,12 @@ def page(notebook: NotebookNode) -> str:
             continue
         parts.append(f"```python\n{cell.source}\n```")
         parts += [output_text(output) for output in cell.get("outputs", [])]
-    title, *rest = parts
-    return "\n\n".join([title, INTRODUCTION, *rest])
+    title, *cells = parts
+    return "\n\n".join([title, INTRODUCTION, *cells])
 
 
 def output_text(output: NotebookNode) -> str:
-    """What one output of a cell shows, as Markdown."""
+    """One output of a cell as Markdown."""
     if output.output_type == "stream":
         if output.name == "stderr":  # bars
             return ""
@@ -89,12 +89,12 @@ def output_text(output: NotebookNode) -> str:
 
 
 def image(kind: str, content: str) -> str:
-    """A picture that the page itself holds."""
+    """A picture inside the page."""
     return held_back(f'<img alt="What the cell draws" src="data:{kind};base64,{content}">')
 
 
 def held_back(content: str) -> str:
     """A comment in place of HTML."""
-    place = f"<!-- shown {len(shown)} -->"
-    shown[place] = content
+    place = f"<!-- content {len(contents)} -->"
+    contents[place] = content
     return place

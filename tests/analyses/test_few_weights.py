@@ -1,4 +1,4 @@
-"""Everyday behaviours: their judges, the rule, and the page, which is that of the rows.
+"""Everyday behaviours: their judges, and the rule.
 
 Would catch: a judge that calls one language another, requests that are both
 scored and measured, a behaviour said to hang on weights whose controls end it too.
@@ -7,9 +7,8 @@ scored and measured, a behaviour said to hang on weights whose controls end it t
 import os
 
 import few_weights
-import few_weights_page as page
 import pytest
-from few_weights import CLOSER, KEPT, OPPOSITE, RANDOM, hangs, outcome, smallest
+from few_weights import CLOSER, OPPOSITE, PROTECTED, RANDOM, hangs, outcome, smallest
 from pages import ROOT
 from support.everyday import everyday, is_german, is_in_language, readability
 
@@ -62,22 +61,22 @@ def test_a_sum_in_place_of_a_product_is_seen():
 
 def test_what_is_scored_is_not_measured():
     for name, behaviour in BEHAVIOURS.items():
-        scored, measured = (
+        calibration, heldout = (
             {example.prompt for example in behaviour.prompts(split)}
             for split in ("calibration", "heldout")
         )
-        assert scored and measured and not scored & measured, name
+        assert calibration and heldout and not calibration & heldout, name
 
 
-def rows_of(left: dict[str, float], *, kept: float = 1.0, broken: float = 0.0) -> Rows:
-    """A behaviour that is shown in every answer, and what masks leave of it."""
+def rows_of(rate: dict[str, float], *, plain: float = 1.0, incoherent: float = 0.0) -> Rows:
+    """The rows of a behaviour that every answer shows, and of its rate under masks."""
     rows = Rows()
-    for mask, share in {"none": 1.0, **left}.items():
+    for mask, share in {"none": 1.0, **rate}.items():
         labels = {"target": "fact", "mask": mask, "dose": 1.0 if mask == "none" else 0.0}
         rates = {"fact_rate": share, "fact_degenerate_rate": 0.0}
-        rates |= {f"{name}_rate": 1.0 for name in KEPT["fact"]}
+        rates |= {f"{name}_rate": 1.0 for name in PROTECTED["fact"]}
         if mask != "none":
-            rates |= {"fact_degenerate_rate": broken, "plain_rate": kept, "n_removed": 7.0}
+            rates |= {"fact_degenerate_rate": incoherent, "plain_rate": plain, "n_removed": 7.0}
         rows += [Measurement.exact(metric, labels, value) for metric, value in rates.items()]
     return rows
 
@@ -86,8 +85,8 @@ def rows_of(left: dict[str, float], *, kept: float = 1.0, broken: float = 0.0) -
     ("options", "verdict"),
     [
         ({}, "within budget"),
-        ({"kept": 0.9}, "at a cost"),
-        ({"broken": 0.2}, "does not end"),
+        ({"plain": 0.9}, "at a cost"),
+        ({"incoherent": 0.2}, "does not end"),
     ],
 )
 def test_the_rule(options, verdict):
@@ -97,35 +96,30 @@ def test_the_rule(options, verdict):
 
 
 def test_the_smallest_mask_that_ends_it_counts_and_a_control_that_ends_it_too_refutes():
-    found = smallest(rows_of({"1e-05": 0.0, CLOSER: 0.05, "1e-07": 0.06}), "fact")
-    assert found is not None and found.left == 0.05
+    best = smallest(rows_of({"1e-05": 0.0, CLOSER: 0.05, "1e-07": 0.06}), "fact")
+    assert best is not None and best.rate == 0.05
     assert smallest(rows_of({CLOSER: 0.5}), "fact") is None
     assert not hangs(rows_of({CLOSER: 0.0, RANDOM: 1.0, OPPOSITE: 0.4}), "fact")
 
 
-def test_the_page_is_that_of_the_rows():
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.with_results(text, Rows.read(few_weights.ROWS)) == text
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "n_removed", "request_", "before", "after"),
+    ("name", "n_removed", "request_", "unpruned_words", "words"),
     [
         ("language", 19, FRENCH_PRIME, "un nombre entier", "is a natural number"),
         ("products", 268, "What is 6 times 7? Answer with the number only.", "42", "13"),
     ],
 )
 def test_what_the_model_says_without_the_weights_of_a_mask(
-    name, n_removed, request_, before, after
+    name, n_removed, request_, unpruned_words, words
 ):
     """On the copy of the model that it was found on: QWEN is its folder."""
     bridge = hc.load_model(os.environ["QWEN"], dtype="float32")
     mask = hc.WeightMask.load(ROOT / "analyses" / "masks" / f"{name}.safetensors")
     assert mask.n_removed == n_removed
-    asked = PromptSet((Example(request_),))
+    prompts = PromptSet((Example(request_),))
     options = {"template": few_weights.template_of(name), "max_new_tokens": 24}
-    (unpruned,) = generate(bridge, asked, **options)
+    (unpruned,) = generate(bridge, prompts, **options)
     with hc.masked(bridge, mask):
-        (masked,) = generate(bridge, asked, **options)
-    assert before in unpruned.text and after in masked.text
+        (masked,) = generate(bridge, prompts, **options)
+    assert unpruned_words in unpruned.text and words in masked.text

@@ -1,15 +1,15 @@
-"""The rules of "Removed, or only hidden?" judge made-up rows in both directions; the page is theirs.
+"""The rules of "Removed, or only hidden?" judge made-up rows in both directions.
 
-Would catch: a verdict that cannot come out otherwise, a zero that rounding moves, a page that no
-longer says what its rows say.
+Would catch: a verdict that cannot come out otherwise, a zero that rounding moves.
 """
 
 from math import inf
 
 import pytest
-import removed_or_hidden_page as page
 import torch
 from helpers import small_model
+from removed_or_hidden_page import span
+from support import removed_or_hidden as rules
 from support.tampering import (
     GPTQ,
     NEAREST,
@@ -25,7 +25,7 @@ from harmcircuits.hooks.weights import named_weights
 from harmcircuits.measurements import Measurement, Rows
 
 
-def of(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
+def row(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
     return Measurement(metric, labels, mean, mean - reach, mean + reach, 2)
 
 
@@ -42,12 +42,12 @@ def of(metric: str, mean: float, reach: float = 0.0, **labels) -> Measurement:
 )
 def test_doses(margins, verdict):
     doses = zip((0.0, 0.25, 0.5, 1.0, 1.5), margins, strict=True)
-    rows = Rows(of("harm_margin_change", margin, 0.2, dose=dose) for dose, margin in doses)
-    assert page.of_dose(rows) == verdict
+    rows = Rows(row("harm_margin_change", margin, 0.2, dose=dose) for dose, margin in doses)
+    assert rules.dose_verdict(rows) == verdict
 
 
 @pytest.mark.parametrize(
-    ("benign", "before", "harm", "expected"),
+    ("benign", "unrounded", "harm", "expected"),
     [
         (0.95, 0.0, 0.05, True),
         (1.0, 0.0, 0.06, False),
@@ -55,29 +55,34 @@ def test_doses(margins, verdict):
         (1.0, 0.6, 0.0, None),  # nothing was removed
     ],
 )
-def test_rounding(benign, before, harm, expected):
-    rows = [of(page.BENIGN, 1.0, line="unpruned", format="none")]
-    rows += [of(page.BENIGN, benign, line="unpruned", format="NF4")]
-    rows += [of(page.HARM, before, line="search", format="none")]
-    rows += [of(page.HARM, harm, line="search", format="NF4")]
-    assert page.survives(Rows(rows), "search", "NF4") is expected
+def test_rounding(benign, unrounded, harm, expected):
+    rows = [row(rules.BENIGN, 1.0, line="unpruned", format="none")]
+    rows += [row(rules.BENIGN, benign, line="unpruned", format="NF4")]
+    rows += [row(rules.HARM, unrounded, line="search", format="none")]
+    rows += [row(rules.HARM, harm, line="search", format="NF4")]
+    assert rules.survives(Rows(rows), "search", "NF4") is expected
 
 
 @pytest.mark.parametrize(
-    ("left", "count"), [((1.0, 0.0, 0.5, 0.6), 2), ((1.0, 0.6, 0.0), 0), ((0.8, 0.4), 1)]
+    ("shares", "count"), [((1.0, 0.0, 0.5, 0.6), 2), ((1.0, 0.6, 0.0), 0), ((0.8, 0.4), 1)]
 )
-def test_redundancy(left, count):
-    rows = Rows(of(page.HARM, share, circuit=number) for number, share in enumerate(left))
-    assert page.n_sufficient(rows) == count
+def test_redundancy(shares, count):
+    rows = Rows(row(rules.HARM, share, circuit=number) for number, share in enumerate(shares))
+    assert rules.n_sufficient(rows) == count
 
 
 def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
     rises = torch.tensor([[3.0, 1.0, 2.0], [0.0, 2.0, 1.0], [1.0, 0.0, 5.0]])
-    both = own_less_others(rises)
-    assert both["other tasks"].tolist() == [1.5, 1.5, 4.5]
-    assert both["other circuits"].tolist() == [2.5, 1.5, 3.5]
+    differences = own_less_others(rises)
+    assert differences["other tasks"].tolist() == [1.5, 1.5, 4.5]
+    assert differences["other circuits"].tolist() == [2.5, 1.5, 3.5]
     # Levels 0.0125, 0.0167, 0.025, 0.05: c is beyond its own, so that d is not asked.
-    assert page.holm({"a": 0.01, "d": 0.04, "b": 0.016, "c": 0.03}) == {"a", "b"}
+    assert rules.holm({"a": 0.01, "d": 0.04, "b": 0.016, "c": 0.03}) == {
+        "a": True,
+        "d": False,
+        "b": True,
+        "c": False,
+    }
     rows = []
     for line, way, p_value in (
         ("x", "1", 0.001),
@@ -85,8 +90,8 @@ def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
         ("y", "1", 0.5),
         ("y", "2", 0),
     ):
-        rows.append(of("specificity_p", p_value, line=line, way=way))
-    assert page.specific_circuits(Rows(rows)) == {"x": True, "y": False}
+        rows.append(row("specificity_p", p_value, line=line, way=way))
+    assert rules.specific_tasks(Rows(rows)) == {"x": True, "y": False}
 
 
 def curve(line: str, *steps: float, share: float = 0.6) -> list[Measurement]:
@@ -94,25 +99,25 @@ def curve(line: str, *steps: float, share: float = 0.6) -> list[Measurement]:
     rows = []
     for seed, step in enumerate(steps):
         for at in (0, 1, 2, 3, 5):
-            answered = share if at >= step else 0.0
-            rows.append(of(page.PLAIN, answered, line=line, seed=seed, step=at))
+            rate = share if at >= step else 0.0
+            rows.append(row(rules.PLAIN, rate, line=line, seed=seed, step=at))
     return rows
 
 
 def test_relearning():
     rows = Rows(curve("random", 1, 2) + curve("search", 3, 5) + curve("innocent", 3, inf))
-    assert page.steps_to(rows.where(line="innocent"), 0.5) == [3.0, inf]
-    assert page.is_slower(rows, "search", "random")
-    assert not page.is_slower(rows, "search", "innocent")
-    assert not page.is_removed(rows, "search")
-    assert page.is_removed(rows, "innocent")
-    assert page.span([3.0, 5.0, inf]) == "5 (3 to never)"
+    assert rules.first_steps(rows.where(line="innocent"), 0.5) == [3.0, inf]
+    assert rules.is_slower(rows, "search", "random")
+    assert not rules.is_slower(rows, "search", "innocent")
+    assert not rules.is_removed(rows, "search")
+    assert rules.is_removed(rows, "innocent")
+    assert span([3.0, 5.0, inf]) == "5 (3 to never)"
 
 
 def test_benign_training_brings_back_only_what_was_away():
-    assert page.comes_back(Rows(curve("search", 2, inf, share=0.1)))
-    assert not page.comes_back(Rows(curve("search", 2, inf, share=0.09)))
-    assert not page.comes_back(Rows(curve("search", 0)))
+    assert rules.comes_back(Rows(curve("search", 2, inf, share=0.1)))
+    assert not rules.comes_back(Rows(curve("search", 2, inf, share=0.09)))
+    assert not rules.comes_back(Rows(curve("search", 0)))
 
 
 @pytest.mark.parametrize("how", NEAREST)
@@ -121,29 +126,29 @@ def test_zeros_outlast_rounding_and_weights_come_back(how):
     weight = named_weights(model)["blocks.1.mlp.in.weight"]
     with torch.no_grad():
         weight[3, 5] = 0.0
-    before = weight.detach().clone()
+    original = weight.detach().clone()
     with rounded(model, how):
         assert weight[3, 5] == 0
-        assert not torch.equal(weight, before)
+        assert not torch.equal(weight, original)
         n_values = 16 if how == "NF4" else 2 ** int(how[3:]) - 1
         assert len(weight[0, :64].unique()) <= n_values
-        error = (weight - before).abs().max() / before.abs().max()
+        error = (weight - original).abs().max() / original.abs().max()
         assert 0 < error < 0.2
-    assert torch.equal(weight, before)
+    assert torch.equal(weight, original)
 
 
 def test_gptq_changes_what_a_matrix_gives_less_than_the_nearest_values_do():
     model, name = small_model("sft"), "blocks.1.mlp.in.weight"
     weight, products = named_weights(model)[name].detach(), input_products(model)[name]
 
-    def error(stored: torch.Tensor) -> float:
-        lost = stored - weight
-        return ((lost @ products) * lost).sum().item()
+    def error(nearest: torch.Tensor) -> float:
+        difference = nearest - weight
+        return ((difference @ products) * difference).sum().item()
 
-    before = weight.clone()
+    original = weight.clone()
     with rounded(model, GPTQ):
         assert len(weight[0].unique()) <= 15
-    assert torch.equal(weight, before)
+    assert torch.equal(weight, original)
     assert error(gptq(weight, products)) < 0.7 * error(integers(4, weight))
     # Without any correlation between inputs there is nothing to make up for.
     torch.testing.assert_close(gptq(weight, torch.eye(weight.shape[1])), integers(4, weight))
@@ -153,11 +158,3 @@ def test_the_values_of_nf4_are_those_of_its_paper():
     codes = nf4_codes()
     assert codes[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
     assert codes[[1, 8]].tolist() == pytest.approx([-0.6961928, 0.0795803], abs=1e-6)
-
-
-def test_the_page_says_what_the_rows_say():
-    rows = page.read()
-    for path, written in ((page.PAGE, page.with_results), (page.README, page.with_verdicts)):
-        text = path.read_text(encoding="utf-8")
-        assert written(text, rows) == text
-        assert "verdict | cases" in text

@@ -1,4 +1,4 @@
-"""Rows of circuits side by side, against the masks they are of.
+"""Rows that compare circuits, against the masks themselves.
 
 Would catch: circuits of unequal size, resamples that differ between behaviours, rows that contradict
 the masks, a twin about other things.
@@ -43,7 +43,7 @@ def test_rows_of_resamples_agree_with_the_masks(sft, calibrations, harm_scores):
     assert len(masks[0] - masks[1]), "resamples differ"
 
     circuits = {name: top(scores) for name, (scores, _) in resampled.items()}
-    rows = overlap_rows(resampled, circuits, {"model": "x"}, size=SIZE, n_samples=5)
+    rows = overlap_rows(resampled, circuits, size=SIZE, n_samples=5)
     pair = {"first": "harmful", "second": "benign", "selection": "one shot"}
     jaccard = rows.one("overlap_jaccard", **pair)
     assert jaccard.mean == pytest.approx(overlap(*circuits.values()).jaccard)
@@ -53,15 +53,16 @@ def test_rows_of_resamples_agree_with_the_masks(sft, calibrations, harm_scores):
 
 def test_content_rows_average_the_right_pairs(harm_scores):
     """The circuits of harm are all one, and those of benign answers the opposite."""
-    same, opposite = top(harm_scores), top(-harm_scores)
-    masks = {"harmful/a": same, "harmful/b": same, "benign/a": opposite, "benign/b": opposite}
-    rows = content_rows(masks, {}, terms=None)
+    positive, negative = top(harm_scores), top(-harm_scores)
+    masks = {"harmful/a": positive, "harmful/b": positive}
+    masks |= {"benign/a": negative, "benign/b": negative}
+    rows = content_rows(masks)
     lifts = {row.labels["relation"]: row.mean for row in rows.where("content_lift")}
     assert lifts == pytest.approx(
         {
             "twin": 0,
-            "harm, other topic": overlap(same, same).lift,
-            "benign, other topic": overlap(opposite, opposite).lift,
+            "harm, other topic": overlap(positive, positive).lift,
+            "benign, other topic": overlap(negative, negative).lift,
             "harm and benign, other topic": 0,
         }
     )

@@ -21,7 +21,7 @@ N_ITEMS = 20
 SHARES = (0.0, 0.001, 0.01, 0.1)
 
 
-def made(name: str, n_hits: int, nll: float = 0.3) -> Outcomes:
+def outcomes(name: str, n_hits: int, nll: float = 0.3) -> Outcomes:
     """The first `n_hits` items, each asked about once, show the behaviour."""
     requests = PromptSet(tuple(Example(f"{name} {i}", group=f"{i:02}") for i in range(N_ITEMS)))
     behaviour = Behaviour(name, lambda split: requests, wanted="yes")
@@ -34,8 +34,8 @@ def by_hand(shares, harm, benign=None, nll=None) -> Curve:
     nll = nll or [0.3] * len(shares)
     points = []
     for n_harm, n_benign, loss in zip(harm, benign, nll, strict=True):
-        outcomes = {"harmful": made("harmful", n_harm), "benign": made("benign", n_benign, loss)}
-        points.append(outcomes)
+        harmful, good = outcomes("harmful", n_harm), outcomes("benign", n_benign, loss)
+        points.append({"harmful": harmful, "benign": good})
     return Curve(tuple(shares), tuple(points))
 
 
@@ -57,21 +57,21 @@ def test_w50_is_the_first_measured_share_within_the_budget(harm, benign, nll, ex
 
 def test_an_unreached_w50_is_the_largest_share_and_says_so():
     estimate = w50(by_hand(SHARES, [20, 20, 20, 20]))
-    assert (estimate.values[0], estimate.is_reached[0], estimate.reached) == (0.1, False, 0.0)
-    row, reached = estimate.rows("w50", {"model": "m"})
-    assert (row.mean, row.labels["censored"], reached.mean) == (0.1, "yes", 0.0)
+    assert (estimate.values[0], estimate.is_reached[0], estimate.reach_rate) == (0.1, False, 0.0)
+    row, reach_rate = estimate.rows("w50", {"model": "m"})
+    assert (row.mean, row.labels["censored"], reach_rate.mean) == (0.1, "yes", 0.0)
     assert share_text(Rows([row])) == "over 10.00%"
 
-    broken = by_hand(SHARES, [20, 0, 0, 0], benign=[20, 0, 0, 0])
-    assert not w50(broken).is_reached.any()
-    assert w50(broken, Budget(rate=1.0)).is_reached.all()
+    costly = by_hand(SHARES, [20, 0, 0, 0], benign=[20, 0, 0, 0])
+    assert not w50(costly).is_reached.any()
+    assert w50(costly, Budget(rate=1.0)).is_reached.all()
 
 
 def test_intervals_are_those_of_the_binomial():
     """At half of 20 independent items, a resample has at most half with probability 0.588."""
     estimate = w50(by_hand((0.0, 0.01), [20, 10]))
     exact = sum(math.comb(20, k) for k in range(11)) / 2**20
-    assert estimate.reached == pytest.approx(exact, abs=0.04)
+    assert estimate.reach_rate == pytest.approx(exact, abs=0.04)
     # The rate of 10 of 20 items has the percentile interval 0.3 to 0.7.
     row = rate_at(by_hand(SHARES, [20, 10, 8, 0]), 0.001).row("rate", {})
     assert (row.low, row.high) == pytest.approx((0.3, 0.7), abs=0.051)
@@ -82,9 +82,9 @@ def test_comparisons_are_paired_by_items():
     ratio = w50(first).over(w50(first)).row("r", {})
     assert (ratio.mean, ratio.low, ratio.high) == (1, 1, 1)
     assert w50(first).over(w50(second)).values[0] == pytest.approx(0.1)
-    more, fewer = rate_at(second, 0.01), rate_at(first, 0.01)
-    assert more.minus(fewer).row("gap", {}).mean == pytest.approx(0.2)
-    assert (more.values >= fewer.values).all(), "the same items on every draw"
+    high, low = rate_at(second, 0.01), rate_at(first, 0.01)
+    assert high.minus(low).row("gap", {}).mean == pytest.approx(0.2)
+    assert (high.values >= low.values).all(), "the same items on every draw"
 
 
 def test_a_gap_is_what_another_mask_leaves_beyond_the_curve(sft):
@@ -94,5 +94,5 @@ def test_a_gap_is_what_another_mask_leaves_beyond_the_curve(sft):
     path = curve(sft, [large], outcomes_of(sft, ["harmful"]), shares=(0.3,))
     under = sft.measure(mask=small, only="harmful").one("harm_valid_rate").mean
     hits = path.at(0.3)["harmful"].hits
-    left = sum(hits) / len(hits)
-    assert gap(sft, small, path, 0.3).row("gap", {}).mean == pytest.approx(under - left)
+    rate = sum(hits) / len(hits)
+    assert gap(sft, small, path, 0.3).row("gap", {}).mean == pytest.approx(under - rate)

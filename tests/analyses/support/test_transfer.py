@@ -1,46 +1,46 @@
-"""What transfers between types of harm, and whether the words that they share explain it.
+"""Circuits that transfer between types of harm, and whether the words that types share explain it.
 
 Would catch: a test of words that cannot tell them from types, or that takes other types for topics.
 """
 
+from itertools import permutations
+
 import numpy as np
 import pytest
-from support.transfer import shared_words_test
+from support.transfer import common_words_test
 
 from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.world import world
 
 
-def left_of_pairs(left) -> Rows:
-    """What is left of each topic under the circuit of each other one."""
+def pair_rows(rate) -> Rows:
+    """The rate of each topic under the circuit of each other one."""
     rows = []
-    for scored in world().topics:
-        for tested in world().topics:
-            if scored != tested:
-                where = {"scored": scored, "tested": tested}
-                rows.append(Measurement.exact("rate", where, left(scored, tested)))
+    for first, second in permutations(world().topics, 2):
+        where = {"scored": first, "tested": second}
+        rows.append(Measurement.exact("rate", where, rate(first, second)))
     return Rows(rows)
 
 
-def n_shared(first: str, second: str) -> int:
+def n_common(first: str, second: str) -> int:
     words = (set(world().favoured[topic, "harmful"]) for topic in (first, second))
     return len(set.intersection(*words))
 
 
 def test_words_explain_what_transfers_where_they_do():
-    test = shared_words_test(left_of_pairs(lambda *pair: 1 - n_shared(*pair) / 2))
-    assert test.left == {0: 1.0, 1: 0.5, 2: 0.0}
+    test = common_words_test(pair_rows(lambda *pair: 1 - n_common(*pair) / 2))
+    assert test.rates == {0: 1.0, 1: 0.5, 2: 0.0}
     assert test.p is not None and test.p < 0.01
 
 
 def test_words_do_not_explain_what_is_drawn_at_random_or_goes_the_other_way():
     draw = np.random.default_rng(0)
-    test = shared_words_test(left_of_pairs(lambda *_: float(draw.random())))
+    test = common_words_test(pair_rows(lambda *_: float(draw.random())))
     assert test.p is not None and test.p > 0.05
-    test = shared_words_test(left_of_pairs(lambda *pair: n_shared(*pair) / 2))
+    test = common_words_test(pair_rows(lambda *pair: n_common(*pair) / 2))
     assert test.p == pytest.approx(1, abs=0.02)
 
 
 def test_types_that_are_no_topics_have_no_words():
     where = {"scored": "fraud", "tested": "hacking"}
-    assert shared_words_test(Rows([Measurement.exact("rate", where, 1.0)])).p is None
+    assert common_words_test(Rows([Measurement.exact("rate", where, 1.0)])).p is None
