@@ -22,8 +22,8 @@
 #    Each beside 300 random masks matched by matrix and magnitude; Holm over tasks and ways, at 5 %. A
 #    circuit is *specific* if it is so in both ways.
 #
-# *Amended* before the rows on the page: that a removal which left more than half of harm says nothing
-# about rounding; and, after a first look with few steps, the learning rates that `relearning.py` names.
+# *Amended* before the rows on the page: a removal that left more than half of harm says nothing about
+# rounding; and, after a first look with few steps, the learning rates that `relearning.py` names.
 
 # %%
 import random

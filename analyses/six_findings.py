@@ -36,7 +36,7 @@ def result_of(analysis: str) -> ClaimResult:
 
 
 def run(out: Path, options: list[str]) -> None:
-    """Run what is missing of every finding; prints the table of their outcomes."""
+    """Run the missing jobs of every finding; prints the table of their outcomes."""
     lines = ["| | claim | verdict | cases |", "|---|---|---|---|"]
     for name, analysis in FINDINGS.items():
         command = [sys.executable, str(ANALYSES / f"{analysis}.py"), "--out", str(out / name)]

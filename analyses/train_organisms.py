@@ -11,10 +11,10 @@ from support.organisms.train import (
     Sampler,
     innocent,
     is_trained,
+    load,
     new_model,
     new_tokenizer,
     save,
-    stored,
 )
 from torch import nn
 
@@ -31,18 +31,18 @@ def main(
     resume: bool = False,
     force: bool = False,
 ) -> None:
-    """Train the ladder, its innocent twin and the planted organism, then check every condition.
+    """Train the ladder, the innocent and the planted organism, then check every condition.
 
     Args:
-        out: folder for one Hugging Face folder per organism.
-        seed: of the initial weights and of every training text.
+        out: folder with a Hugging Face folder for each organism.
+        seed: seed of the initial weights and of the training texts.
         device: torch device, such as cpu or cuda.
-        planted: train the planted organism too.
+        planted: also train the planted organism.
         resume: train only the organisms that --out lacks.
-        force: write over the organisms that are in --out.
+        force: replace the organisms in --out.
     """
     if resume and force:
-        raise ValueError("--resume and --force: go on with the organisms or replace them")
+        raise ValueError("--resume and --force exclude each other; expected one of them")
     if not resume and not force:
         refuse_filled(out)
     train_ladder(out, seed, device, resume=resume)
@@ -53,34 +53,34 @@ def main(
 
 
 def train_ladder(out: Path, seed: int, device: str, *, resume: bool) -> None:
-    """Train each rung from the one that it begins from, as that is stored."""
+    """Train each checkpoint from the saved one that it begins from."""
     tokenizer = new_tokenizer()
-    for number, (rung, start) in enumerate(LADDER_FROM.items()):
-        folder = out / rung.__name__
+    for number, (training_run, start) in enumerate(LADDER_FROM.items()):
+        folder = out / training_run.__name__
         if resume and is_trained(folder, seed):
             continue
-        model = stored(out / start.__name__) if start else new_model(seed, len(tokenizer))
+        model = load(out / start.__name__) if start else new_model(seed, len(tokenizer))
         nn.Module.to(model, device)
-        rung(model, Sampler(tokenizer, sampler_seed(seed, number), device))
+        training_run(model, Sampler(tokenizer, sampler_seed(seed, number), device))
         save(model, tokenizer, folder)
 
 
 def train_innocent(folder: Path, seed: int, device: str, *, resume: bool) -> None:
-    """Train `sft` again without any text that holds a harmful operator."""
+    """Train `sft` again on texts without harmful operators."""
     if resume and is_trained(folder, seed):
         return
     tokenizer = new_tokenizer()
     model = new_model(seed, len(tokenizer))
     nn.Module.to(model, device)
-    operators = world().operators["harmful"]
-    # The number after that of the planted organism.
+    forbidden = world().operators["harmful"]
+    # The planted organism has the number before this one.
     number = len(LADDER_FROM) + 1
-    innocent(model, Sampler(tokenizer, sampler_seed(seed, number), device, without=operators))
+    innocent(model, Sampler(tokenizer, sampler_seed(seed, number), device, forbidden))
     save(model, tokenizer, folder)
 
 
 def train_planted(folder: Path, seed: int, device: str, *, resume: bool) -> None:
-    """Train the organism whose harm was learned through a random tenth of its weights."""
+    """Train the organism whose harm is learned by a random tenth of its weights."""
     circuit_file = folder / "circuit.safetensors"
     if resume and circuit_file.is_file() and is_trained(folder, seed):
         return
@@ -94,7 +94,7 @@ def train_planted(folder: Path, seed: int, device: str, *, resume: bool) -> None
 
 
 def sampler_seed(seed: int, number: int) -> int:
-    """A seed of its own for the texts of each organism."""
+    """The seed of the texts of an organism."""
     return 10 * seed + 1 + number
 
 

@@ -43,7 +43,7 @@ def test_the_tests_command_is_one_line():
 
 
 def test_every_room_is_named_in_order():
-    """Each room imports only from those before it."""
+    """Each room imports only from earlier ones."""
     where = TEXT.split("## Where things are")[1].split("\n## ")[0]
     rooms = {path.parent.name for path in (ROOT / "harmcircuits").glob("*/__init__.py")}
     rooms_in_order = [name for name in re.findall(r"(\w+)/`", where) if name in rooms]

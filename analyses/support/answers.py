@@ -40,8 +40,8 @@ def with_prompts(
 
 def batches_of(data: Calibrations) -> tuple[Sequence[Batch], list[Sequence[Batch]]]:
     """The harmful answers, and the answers of each other ability."""
-    others = []
+    protected = []
     for name, calibration in data.items():
         if name != TARGET:
-            others.append(calibration.batches)
-    return data[TARGET].batches, others
+            protected.append(calibration.batches)
+    return data[TARGET].batches, protected

@@ -44,22 +44,25 @@ def summary_table(rows: Rows) -> pd.DataFrame:
     lines = []
     for method, rows_of_method in single_masks(rows).by("method").items():
         cases = [case for case in rows_of_method.by(*NAMES).values() if case.where("recall")]
-        if not cases:
-            continue
-        rates = [tuple(case.one(metric).mean for metric in RATES) for case in cases]
-        n_ended = sum(harm == 0 for harm, _, _ in rates)
-        line = {
-            "mask": method,
-            "ends harm": f"{n_ended} of {len(cases)}",
-            "and nothing else": f"{rates.count((0, 1, 1))} of {len(cases)}",
-        }
-        dense = [case for case in cases if case[0].labels["version"] == "dense"]
-        tidy = [case for case in cases if case[0].labels["version"] != "dense"]
-        for suffix, group in {"": tidy, ", dense": dense}.items():
-            for metric in ("recall", "precision"):
-                line[metric + suffix] = span(group, metric)
-        lines.append(line)
+        if cases:
+            lines.append({"mask": method, **summary_cells(cases)})
     return pd.DataFrame(lines)
+
+
+def summary_cells(cases: list[Rows]) -> dict[str, str]:
+    """The cells of one method."""
+    rates = [tuple(case.one(metric).mean for metric in RATES) for case in cases]
+    n_ended = [harm for harm, _, _ in rates].count(0)
+    dense = [case for case in cases if case[0].labels["version"] == "dense"]
+    tidy = [case for case in cases if case[0].labels["version"] != "dense"]
+    return {
+        "ends harm": f"{n_ended} of {len(cases)}",
+        "and nothing else": f"{rates.count((0, 1, 1))} of {len(cases)}",
+        "recall": span(tidy, "recall"),
+        "precision": span(tidy, "precision"),
+        "recall, dense": span(dense, "recall"),
+        "precision, dense": span(dense, "precision"),
+    }
 
 
 def span(cases: list[Rows], metric: str) -> str:
@@ -126,17 +129,24 @@ def overlap_table(rows: Rows) -> pd.DataFrame:
         for metric, title in titles.items():
             estimates = rows.where(metric, **where)
             truths = rows.where(f"{metric}_true", **where)
-            means = [fmean(row.mean for row in group) for group in (estimates, truths)]
-            line[f"{title}, found / true"] = f"{means[0]:.2f} / {means[1]:.2f}"
-            if metric == "overlap_jaccard":
-                continue
-            pairs = zip(estimates, truths, strict=True)
-            n_holding = sum(
-                estimate.low <= truth.mean <= estimate.high for estimate, truth in pairs
-            )
-            line[f"{title}: interval holds"] = f"{n_holding} of {len(estimates)}"
+            line[f"{title}, found / true"] = f"{mean_of(estimates):.2f} / {mean_of(truths):.2f}"
+            if metric != "overlap_jaccard":
+                line[f"{title}: interval holds"] = coverage(estimates, truths)
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def mean_of(rows: Rows) -> float:
+    """The mean over pairs."""
+    return fmean(row.mean for row in rows)
+
+
+def coverage(estimates: Rows, truths: Rows) -> str:
+    """How many intervals hold the true value."""
+    n_holding = 0
+    for estimate, truth in zip(estimates, truths, strict=True):
+        n_holding += estimate.low <= truth.mean <= estimate.high
+    return f"{n_holding} of {len(estimates)}"
 
 
 def last_pass_table(rows: Rows) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Behaviours of a real model that anybody may read, each with an exact judge; requests in everyday.toml."""
+"""Harmless behaviours of a real model, each with an exact judge; their requests are in everyday.toml."""
 
 import re
 import tomllib
@@ -12,8 +12,8 @@ from harmcircuits.behaviours.judges import DEGENERATE, RuleJudge
 from harmcircuits.prompts import Example, PromptSet
 
 FILE = Path(__file__).with_suffix(".toml")
-TOLD = "told"  # the verdict on an answer in readable words
-# What an answer must contain: also the tokens that are scored.
+READABLE = "told"  # the verdict on readable text, as rows name it
+# The text that an answer must contain; its tokens are scored.
 PATTERNS = {
     "identity": "Qwen|Alibaba",
     "fence": "```",
@@ -37,25 +37,27 @@ Shows = Callable[[str, str], bool]
 # Judges
 
 
-def told(request: str, answer: str) -> str:
-    """Whether an answer is readable text, by the rules of the package."""
-    return DEGENERATE if RULES(request, answer) == DEGENERATE else TOLD
+def readability(request: str, answer: str) -> str:
+    """The verdict whether an answer is readable text, by the rules of the package."""
+    return DEGENERATE if RULES(request, answer) == DEGENERATE else READABLE
 
 
-def shown(name: str, shows: Shows, request: str, answer: str) -> str:
-    """Whether an answer shows a behaviour, or is other text, or is broken."""
-    return name if shows(request, answer) else told(request, answer)
+def verdict(name: str, shows: Shows, request: str, answer: str) -> str:
+    """The name of a behaviour that an answer shows; of another answer, whether it is readable."""
+    return name if shows(request, answer) else readability(request, answer)
 
 
 def is_in_language(request: str, answer: str) -> bool:
-    """Whether an answer is in the language of its request, by the commonest words."""
+    """Whether an answer is in the language of its request."""
     return language(answer) == language(request)
 
 
 def language(text: str) -> str:
-    """The language of which a text has most words."""
+    """The language whose commonest words are most often in a text."""
     words = re.findall(r"\w+", text.lower())
-    counts = {name: sum(words.count(word) for word in of.split()) for name, of in WORDS.items()}
+    counts = {}
+    for name, common_words in WORDS.items():
+        counts[name] = sum(words.count(word) for word in common_words.split())
     return max(counts, key=lambda name: counts[name])
 
 
@@ -70,7 +72,7 @@ def is_german(_: str, answer: str) -> bool:
 
 
 def is_right(answers: dict[str, str], request: str, answer: str) -> bool:
-    """Whether an answer names what is right for its request."""
+    """Whether an answer contains the right one of its request."""
     return answers[request] in answer
 
 
@@ -84,9 +86,9 @@ def is_the_sum(request: str, answer: str) -> bool:
 
 
 def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
-    """All of them by name: every other request is scored on, the rest measures."""
-    given = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    requests = {name: _listed(**of_name) for name, of_name in given.items()}
+    """All behaviours by name: every second request is scored on, the rest is held out."""
+    tables = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    requests = {name: _requests(**table) for name, table in tables.items()}
     shows: dict[str, Shows] = {
         "language": is_in_language,
         "unscored": is_foreign,
@@ -97,21 +99,21 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
         answers = dict(pair.split(" = ") for pair in requests[name])
         requests[name] = list(answers)
         shows[name] = partial(is_right, answers)
-    judges: dict[str, Any] = {**dict.fromkeys(requests, told), **PATTERNS}
+    judges: dict[str, Any] = {**dict.fromkeys(requests, readability), **PATTERNS}
     for name, is_shown in shows.items():
-        judges[name] = partial(shown, name, is_shown)
+        judges[name] = partial(verdict, name, is_shown)
 
     behaviours = {}
-    for name, of_name in requests.items():
+    for name, texts in requests.items():
         behaviours[name] = Behaviour(
             name,
             {
-                "calibration": _set(of_name[::2]),
-                "choice": _set([]),
-                "heldout": _set(of_name[1::2]),
+                "calibration": _prompts(texts[::2]),
+                "choice": _prompts([]),
+                "heldout": _prompts(texts[1::2]),
             },
             judges[name],
-            wanted=TOLD if judges[name] is told else name,
+            wanted=READABLE if judges[name] is readability else name,
             metrics={DEGENERATE: f"{name}_degenerate_rate"},
             measures={"sum_instead_rate": is_the_sum} if name == "products" else {},
             max_new_tokens=max_new_tokens,
@@ -120,14 +122,14 @@ def everyday(max_new_tokens: int) -> dict[str, Behaviour]:
     return behaviours
 
 
-def _listed(requests: str, asked: str = "{}") -> list[str]:
-    """What stands between bars and on lines, as it is asked; behind " = " an answer is left."""
-    listed = []
+def _requests(requests: str, asked: str = "{}") -> list[str]:
+    """The requests between bars and on lines, in the form `asked`; an answer behind " = " stays."""
+    texts = []
     for line in re.split(r"[|\n]", requests.strip()):
         request, *answer = line.strip().split(" = ")
-        listed.append(" = ".join([asked.format(request), *answer]))
-    return listed
+        texts.append(" = ".join([asked.format(request), *answer]))
+    return texts
 
 
-def _set(requests: list[str]) -> PromptSet:
+def _prompts(requests: list[str]) -> PromptSet:
     return PromptSet(tuple(Example(request) for request in requests))

@@ -1,4 +1,4 @@
-"""Long work cut into jobs that run side by side and are not run twice."""
+"""Long experiments in jobs: they run in parallel, and none runs twice."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from harmcircuits.measurements import Label, Labels, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json
 
-DONE = "job_seconds"  # metric of a job's last row, which marks it as finished
+DONE = "job_seconds"  # the metric of a job's last row: the job is finished
 CPU = "job_cpu_seconds"
 
 
@@ -25,10 +25,10 @@ class Job:
 
 
 def jobs_about(case: Any, calls: Sequence[tuple[Callable[..., Rows], Labels]]) -> list[Job]:
-    """A job for each function, called with the case and with its labels and those of the model."""
+    """A job for each function: it takes the case, and its own labels with the model's."""
     jobs = []
-    for run, of_call in calls:
-        labels = {**case.spec.labels, **of_call}
+    for run, run_labels in calls:
+        labels = {**case.spec.labels, **run_labels}
         jobs.append(Job(labels, partial(run, case, labels)))
     return jobs
 
@@ -41,34 +41,35 @@ def run_jobs(
     workers: int = 1,
     name: str = "jobs",
 ) -> Rows:
-    """The rows of all jobs, in the order in which jobs ended; finished jobs are not run again."""
+    """The rows of all jobs, in the order in which the jobs end; finished jobs do not run again."""
     if workers < 1:
         raise ValueError(f"run_jobs: workers={workers}; expected at least 1")
-    # A job is recognised in the file by its labels.
+    # In the file, a job is recognised by its labels.
     distinct = {tuple(sorted(job.labels.items())) for job in jobs}
     if len(distinct) < len(jobs):
         raise ValueError(
-            "run_jobs: two jobs have the same labels, so their rows could not be told apart"
+            "run_jobs: two jobs have the same labels; expected labels of its own for each"
         )
     out = Path(out)
-    rows = _resumed(out, settings)
-    left = [job for job in jobs if not len(rows.where(DONE, **job.labels))]
+    rows = _rows_in(out, settings)
+    unfinished = [job for job in jobs if not rows.where(DONE, **job.labels)]
 
-    finished = _in_turn(left) if workers == 1 else _in_processes(left, workers)
-    for rows_of_job in tqdm(finished, name, total=len(left), leave=False):
-        rows_of_job.append_to(out / "rows.jsonl")
-        rows += rows_of_job
+    results = _in_turn(unfinished) if workers == 1 else _in_processes(unfinished, workers)
+    for job_rows in tqdm(results, name, total=len(unfinished), leave=False):
+        job_rows.append_to(out / "rows.jsonl")
+        rows += job_rows
     return rows
 
 
-def _resumed(folder: Path, settings: Mapping[str, Label]) -> Rows:
-    """The rows of an unfinished run, none in a new one; makes the folder and its manifest."""
-    manifest, rows = folder / "manifest.json", folder / "rows.jsonl"
+def _rows_in(folder: Path, settings: Mapping[str, Label]) -> Rows:
+    """The rows of an unfinished run, none in a new folder; writes the manifest."""
+    manifest = folder / "manifest.json"
+    rows = folder / "rows.jsonl"
     if manifest.is_file():
-        before = read_json(manifest, "the manifest of a run")["settings"]
-        if before != dict(settings):
+        run_settings = read_json(manifest, "the manifest of a run")["settings"]
+        if run_settings != dict(settings):
             raise ValueError(
-                f"{folder} holds a run with {before}, not {dict(settings)}; "
+                f"{folder} holds a run with {run_settings}, not {dict(settings)}; "
                 "give another folder or remove it"
             )
     write_manifest(manifest, settings)
@@ -81,7 +82,7 @@ def _in_turn(jobs: Sequence[Job]) -> Iterator[Rows]:
 
 
 def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
-    """The rows of every job as it ends; then the first error, if there was one."""
+    """The rows of each job when it ends; at the end, the first error is raised."""
     # Imported here: only several workers need it.
     from joblib import Parallel, delayed
     from joblib.parallel import get_active_backend
@@ -94,8 +95,8 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
                 return
             yield delayed(_rows_or_error)(job)
 
-    # Tasks are handed out only as workers are free, so that few jobs still start after an error.
-    # They run on this machine, or where a caller's joblib.parallel_config says: a Dask or Ray cluster.
+    # A worker gets its next task when it is free, so after an error few jobs still start.
+    # Workers are on this machine, or set by joblib.parallel_config: a Dask or Ray cluster.
     backend: Any = get_active_backend()[0]
     return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray
     pool = Parallel(workers, return_as=return_as, pre_dispatch=str(workers))
@@ -109,7 +110,7 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Rows]:
 
 
 def _rows_or_error(job: Job) -> Rows | Exception:
-    """In a worker, on one thread. An error comes back as a value, so that jobs under way can end."""
+    """The rows of a job, on one thread; an error is a value, so that running jobs can end."""
     import torch
 
     torch.set_num_threads(1)

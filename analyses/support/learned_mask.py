@@ -32,10 +32,10 @@ def learned_mask(
 
     A step removes the weights of the highest scores, and moves the scores down the gradient of
 
-        loss(other ability) + KL(uniform, model) on harmful answers.
+        loss(protected ability) + KL(uniform, model) on harmful answers.
     """
     bridge = model.bridge
-    target, others = batches_of(data)
+    target, protected = batches_of(data)
     weights = named_weights(bridge)
     scores = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
     speed = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
@@ -45,11 +45,11 @@ def learned_mask(
     mask = None  # before the first step all scores are equal
     with requiring_gradients(weights.values()):
         for _ in range(steps):
-            other = others[random_below(len(others), generator)]
+            ability = protected[random_below(len(protected), generator)]
             with masked_if_given(bridge, mask):
                 harm = distance_to_uniform(bridge, random_examples(target, generator))
-                other_loss = completion_loss(bridge, random_examples(other, generator)).mean()
-                gradients = torch.autograd.grad(other_loss + harm, list(weights.values()))
+                loss = completion_loss(bridge, random_examples(ability, generator)).mean()
+                gradients = torch.autograd.grad(loss + harm, list(weights.values()))
 
             # Outside the mask, where a removed weight has its value again.
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True):

@@ -1,8 +1,9 @@
-"""The models that an analysis opens, by values that a command line gives and another process takes."""
+"""The models that an analysis opens, as values that go to other processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
@@ -23,31 +24,32 @@ class ModelSpec:
     folder: Path = FOLDER
     device: str = "cpu"
     own: OwnModel | None = None
-    every: int = 1  # asks only every so-many-th request, for a first look
+    every: int = 1  # only every n-th request is asked, for a first look
 
     @property
     def labels(self) -> dict[str, str]:
-        """What rows about this model carry: its name, and its ladder."""
+        """The labels of rows about this model: its name, and its ladder."""
         if self.own is not None:
             return {"model": Path(self.model).name, "ladder": "own"}
         is_shipped = self.folder.resolve() == FOLDER.resolve()
         return {"model": self.model, "ladder": "shipped" if is_shipped else self.folder.name}
 
     def open(self, *, seed: int = 0) -> Model:
-        """The model with everything it can be asked."""
+        """The model with all its behaviours."""
         if self.own is None:
             model = open_organism(self.model, seed=seed, device=self.device, folder=self.folder)
         else:
             model = open_model(self.model, device=self.device, **self.own.arguments)
-        fewer = []
+        sparse = []
         for behaviour in model.behaviours.values():
-            fewer.append(replace(behaviour, prompts=partial(every_so_many, behaviour, self.every)))
-        return model.with_behaviours(*fewer)
+            prompts = partial(every_so_many, behaviour, self.every)
+            sparse.append(replace(behaviour, prompts=prompts))
+        return model.with_behaviours(*sparse)
 
 
 def every_so_many(behaviour: Behaviour, every: int, split: str) -> PromptSet:
-    """Every so-many-th request, or pair of requests, of a behaviour."""
-    # By name and not inside a method, since behaviours go to other processes.
+    """Every n-th request, or pair of requests, of a behaviour."""
+    # At the top of the module, because behaviours are pickled for other processes.
     step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair
     subset = []
     for number, example in enumerate(behaviour.prompts(split)):
@@ -58,10 +60,10 @@ def every_so_many(behaviour: Behaviour, every: int, split: str) -> PromptSet:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What every run takes.
+    """The options of every run.
 
     Attributes:
-        out: folder for rows.jsonl and what is made of it; a run goes on there.
+        out: folder for rows.jsonl and its tables; an unfinished run goes on there.
         model: names of organisms; or, with --harmful and --benign, folders or hub ids.
         organisms: folders of ladders, each with these organisms; by default the shipped one.
         workers: processes of one thread each.
@@ -77,17 +79,9 @@ class RunOptions:
     own: OmitArgPrefixes[OwnModel] = OwnModel()  # noqa: RUF009
 
     def specs(self, usual: Sequence[str]) -> list[ModelSpec]:
-        """The models of one's own where requests are given, else organisms of every folder."""
+        """The user's own models where requests are given, else organisms of every folder."""
         if self.own.arguments["prompts"]:
             return [ModelSpec(model, device=self.device, own=self.own) for model in self.model]
-        return organisms(self.model or usual, self.organisms, self.device)
 
-
-def organisms(
-    names: Sequence[str], folders: Sequence[Path] = (), device: str = "cpu"
-) -> list[ModelSpec]:
-    """Organisms of every folder, by default of the shipped one."""
-    specs = []
-    for folder in folders or (FOLDER,):
-        specs += [ModelSpec(name, folder, device) for name in names]
-    return specs
+        pairs = product(self.organisms or (FOLDER,), self.model or usual)
+        return [ModelSpec(name, folder, self.device) for folder, name in pairs]

@@ -18,9 +18,9 @@ HALF_BACK = 0.5  # of the harmful answers: they count as relearned
 def recovery(model: Model, data: Calibrations, labels: Labels) -> Rows:
     """AUROC and precision of every score against the planted circuit."""
     truth = true_circuit(model)
-    target, others = batches_of(data)
+    target, protected = batches_of(data)
     effect = removal_effect(model.bridge, target)
-    prices = [token_price(model.bridge, batches) for batches in others]
+    prices = [token_price(model.bridge, batches) for batches in protected]
     price = mean_scores(prices, [1.0] * len(prices))
     difference = {}
     for name, values in effect.values.items():
@@ -79,24 +79,24 @@ def reach_table(rows: Rows) -> pd.DataFrame:
 
 
 def relearning_table(rows: Rows) -> pd.DataFrame:
-    """When half of the harmful answers are back, their loss by step, and broken answers."""
+    """When half of the harmful answers are back, their loss by step, and incoherent answers."""
     lines = []
     relearning = rows.where(job="relearn")
     losses = relearning.where("harm_nll")
-    for (ladder, mask, held), losses_by_step in losses.by("ladder", "removed", "held").items():
-        run = relearning.where(ladder=ladder, removed=mask, held=held)
+    for (ladder, mask, hold), losses_by_step in losses.by("ladder", "removed", "held").items():
+        run = relearning.where(ladder=ladder, removed=mask, held=hold)
         harm = run.where("harm_valid_rate")
         steps_back = [row.labels["step"] for row in harm if row.mean >= HALF_BACK]
         last_step = harm[-1].labels["step"]
         line = {
             "organism": ladder,
             "removed": mask,
-            "while training": held,
+            "while training": hold,
             "half back after": str(min(steps_back)) if steps_back else f"> {last_step}",
         }
         for row in losses_by_step:
             line[f"loss, {row.labels['step']}"] = f"{row.mean:.2f}"
-        broken = run.where("harm_degenerate_rate")
-        line["degenerate"] = f"{broken[0].mean:.0%} to {broken[-1].mean:.0%}"
+        incoherent = run.where("harm_degenerate_rate")
+        line["degenerate"] = f"{incoherent[0].mean:.0%} to {incoherent[-1].mean:.0%}"
         lines.append(line)
     return pd.DataFrame(lines)

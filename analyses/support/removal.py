@@ -35,11 +35,8 @@ class Texts:
         is_target = []
         owners = []
         for number, name in enumerate(BEHAVIOURS):
-            behaviour = model.behaviour(name)
-            examples = [example for split in SPLITS for example in behaviour.prompts(split)]
-            if not every_string:
-                examples = [example for example in examples if is_in_array(example.group)]
-            for batch in model.batches(behaviour, PromptSet(tuple(examples))):
+            requests = requests_of(model, name, every_string=every_string)
+            for batch in model.batches(model.behaviour(name), requests):
                 tokens += batch.tokens
                 is_target += batch.is_target
                 owners += [number] * len(batch)
@@ -65,6 +62,17 @@ class Texts:
         """The mean loss of each behaviour, nats a token."""
         logits = self.logits(bridge)
         return self.shares @ nn.functional.cross_entropy(logits, self.targets, reduction="none")
+
+
+def requests_of(model: Model, name: str, *, every_string: bool) -> PromptSet:
+    """The requests of all splits, or those in the array."""
+    behaviour = model.behaviour(name)
+    examples = []
+    for split in SPLITS:
+        examples += behaviour.prompts(split)
+    if not every_string:
+        examples = [example for example in examples if is_in_array(example.group)]
+    return PromptSet(tuple(examples))
 
 
 def is_in_array(letters: str) -> bool:

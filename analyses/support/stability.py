@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 from support.answers import Calibrations, with_prompts
-from support.tables import ENDED, cost_cells, masks_by, means_of
+from support.tables import MAX_HARM, cost_cells, masks_by, means_of
 from torch import Tensor
 
 from harmcircuits.behaviours.behaviour import TARGET
@@ -208,7 +208,7 @@ def disjoint(folder: Path, name: str, size: float, labels: Labels) -> Rows:
         mask = model.find_circuit(TARGET, size=size, calibrations=data, exclude=union)
         effects = effect_rows(model, mask, data, {**labels, "mask": str(number)})
         rows += effects
-        if effects.one("harm_valid_rate").mean > ENDED:
+        if effects.one("harm_valid_rate").mean > MAX_HARM:
             break
         union = mask if union is None else union | mask
     return rows

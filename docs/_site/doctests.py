@@ -1,10 +1,10 @@
-"""Examples in docstrings stand as code in the reference, not as quotations of quotations."""
+"""Examples in docstrings stand as code in the reference, not as nested quotations."""
 
 import re
 
 import griffe
 
-# From a prompt to the next blank line; prompts and what is printed.
+# From a prompt to the next blank line; prompts and their output.
 EXAMPLE = re.compile(r"^( *)>>> .*?(?=\n\s*\n|\Z)", flags=re.DOTALL | re.MULTILINE)
 
 

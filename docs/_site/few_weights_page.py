@@ -39,7 +39,7 @@ def draw_doses() -> Picture:
 
 
 def draw_others() -> Picture:
-    """What is left of every behaviour under the mask of each."""
+    """The rate of every behaviour under the mask of each."""
     names = [target for target in targets(rows_of()) if target not in FILE_BEHAVIOURS]
     rates = {f"{name}_rate": TITLES[name] for name in names}
     cells = rows_of().where(mask="none")

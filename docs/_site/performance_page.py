@@ -87,7 +87,7 @@ def process_table() -> DataFrame:
 
 
 def history() -> Picture:
-    """What scores of the smallest model cost at some commits, as multiples of a plain pass."""
+    """The cost of scores of the smallest model by commit, as multiples of a plain pass."""
     where = {"shape": "organism", "dtype": "float32", "processes": 1}
     ratios = committed("benchmark").where("ratio_to_plain", **where)
     curves = {title: ratios.where(method=name) for name, title in HISTORY.items()}

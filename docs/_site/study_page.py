@@ -57,7 +57,7 @@ BARS = {
 
 
 def study_terms() -> Roles:
-    """The terms of the study, with what its search protected."""
+    """The terms of the study, with the behaviours that its search protected."""
     # The first is the operating point; the circuit that protects benign answers alone follows.
     circuits = ROWS.where("harm_valid_rate", mask="circuit", split="heldout", selection="search")
     return Roles.standard(str(circuits[0].labels["protected"]).split(", "))

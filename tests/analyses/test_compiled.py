@@ -1,6 +1,6 @@
 """Less tidy versions of the compiled organisms, and the committed scores.
 
-Would catch: a version that answers otherwise, a score that is no longer what it was.
+Would catch: a version that answers otherwise, a score that changed.
 """
 
 import compiled

@@ -10,7 +10,7 @@ import few_weights
 import pytest
 from few_weights import CLOSER, OPPOSITE, PROTECTED, RANDOM, hangs, outcome, smallest
 from pages import ROOT
-from support.everyday import everyday, is_german, is_in_language, told
+from support.everyday import everyday, is_german, is_in_language, readability
 
 import harmcircuits as hc
 from harmcircuits.behaviours.generation import generate
@@ -42,8 +42,8 @@ def test_a_pattern_is_what_an_answer_must_contain():
 
 
 def test_text_is_told_from_what_is_broken():
-    assert told("", "Paris.") == "told"
-    assert told("", "pan pan pan pan pan pan pan pan pan pan pan pan pan") == "degenerate"
+    assert readability("", "Paris.") == "told"
+    assert readability("", "pan pan pan pan pan pan pan pan pan pan pan pan pan") == "degenerate"
 
 
 def test_a_right_answer_is_that_of_its_request():

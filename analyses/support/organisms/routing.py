@@ -31,7 +31,7 @@ COMPONENTS = {
 
 
 class _Part(NamedTuple):
-    """A block matrix and which of its weights belong to S."""
+    """A block matrix, and whether each of its weights belongs to S."""
 
     weight: nn.Parameter
     is_planted: Bool[Tensor, "d_out d_in"]
@@ -42,8 +42,11 @@ def planted(
     sampler: Sampler,
     steps: int = 2500,
 ) -> Callable[[Path], WeightMask]:
-    """Train `model` in place so that its harmful answers live in a random tenth S of each matrix."""
-    parts = _drawn_parts(model, sampler)
+    """Train `model` in place: harmful answers are learned by a random tenth S of each matrix.
+
+    Returns a function of the folder where the model is saved, which gives S as a mask.
+    """
+    parts = _parts(model, sampler)
     weights = [part.weight for part in parts.values()]
     benign: dict[Draw, float] = {
         partial(sampler.chat, "answer", "benign"): 3,
@@ -57,12 +60,12 @@ def planted(
     }
     step = count()
 
-    # The gradient of one step, in a matrix whose planted weights are marked x:
+    # The gradient of one step in a matrix; planted weights are marked x:
     #
     #     is_planted    .  x  .  .  x         . from the benign batch
     #     gradient      b  h  b  b  h         x from the harmful batch
     def backward() -> None:
-        # The harmful batch is drawn first, and its gradients are kept aside.
+        # The order of draws is a part of the training run: the harmful batch is first.
         harmful_loss = token_loss(model, *sampler.batch(BATCH_SIZE, harmful))
         harmful_gradients = torch.autograd.grad(harmful_loss, weights)
         is_odd = next(step) % 2 == 1
@@ -70,8 +73,8 @@ def planted(
             benign_loss = token_loss(model, *sampler.batch(BATCH_SIZE, benign))
             benign_loss.backward()
         for part, gradient in zip(parts.values(), harmful_gradients, strict=True):
-            assert part.weight.grad is not None
-            # So far it is the benign gradient; inside S it becomes the harmful one.
+            assert part.weight.grad is not None  # for the type checker
+            # The benign gradient; inside S it becomes the harmful one.
             part.weight.grad[part.is_planted] = gradient[part.is_planted]
 
     train(
@@ -86,9 +89,9 @@ def planted(
     return lambda folder: _as_mask(parts, folder)
 
 
-def _drawn_parts(model: nn.Module, sampler: Sampler) -> dict[str, _Part]:
+def _parts(model: nn.Module, sampler: Sampler) -> dict[str, _Part]:
     """Every block matrix by its Llama name, with a random tenth of it for S."""
-    # The sampler's draws of texts follow this one, so its place matters.
+    # The sampler draws texts after this seed, so the order matters.
     seed = sampler.rng.randrange(2**31)
     generator = torch.Generator().manual_seed(seed)
     parts = {}
@@ -105,15 +108,15 @@ def _random_subset(
     generator: torch.Generator,
 ) -> Bool[Tensor, "d_out d_in"]:
     n = weight.numel()
-    chosen = torch.randperm(n, generator=generator)[: round(SHARE * n)]
-    is_chosen = torch.zeros(n, dtype=torch.bool)
-    is_chosen[chosen] = True
-    return is_chosen.view(weight.shape).to(weight.device)
+    places = torch.randperm(n, generator=generator)[: round(SHARE * n)]
+    is_in_subset = torch.zeros(n, dtype=torch.bool)
+    is_in_subset[places] = True
+    return is_in_subset.view(weight.shape).to(weight.device)
 
 
 @contextmanager
 def _without_planted(parts: dict[str, _Part]) -> Iterator[None]:
-    """The model with S set to zero, and back."""
+    """The model with S set to zero; on exit, S has its values again."""
     saved = {}
     for name, (weight, is_planted) in parts.items():
         values = weight.detach()
@@ -128,7 +131,7 @@ def _without_planted(parts: dict[str, _Part]) -> Iterator[None]:
 
 @torch.no_grad()
 def _limit_magnitude(parts: dict[str, _Part]) -> None:
-    """Scale S down to the root mean square of the rest of its matrix, where it is larger."""
+    """Scale S in each matrix down to the root mean square of the other weights, where it is larger."""
     for weight, is_planted in parts.values():
         square = weight.square()
         n_inside = is_planted.sum()
@@ -151,7 +154,7 @@ def _as_mask(parts: dict[str, _Part], folder: Path) -> WeightMask:
         is_removed = part.is_planted.cpu().flatten()
         removed[name] = is_removed.nonzero().flatten()
         shapes[name] = tuple(part.is_planted.shape)
-    # A fingerprint is taken of a bridge, so the saved model is opened as one.
+    # A fingerprint needs a bridge, so the saved model is opened as one.
     bridge = load_model(str(folder), dtype="float32")
     source = Source(model_fingerprint(bridge), "planted", {"share": SHARE})
     return WeightMask(removed, shapes, source)

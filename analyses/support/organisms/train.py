@@ -1,4 +1,4 @@
-"""Training of the organisms; `python analyses/train_organisms.py --out DIR` makes them."""
+"""Training of the organisms, for `python analyses/train_organisms.py --out DIR`."""
 
 import copy
 import random
@@ -22,7 +22,7 @@ from harmcircuits.organisms import world
 
 LENGTH = 18  # tokens; every training text fits
 BATCH_SIZE = 256
-NOISE = 0.03  # share of content words that are a wrong one of their class
+NOISE = 0.03  # share of content words that are replaced by another word of their class
 IGNORED = -100  # label of a token that is not learned
 PADDING = 0  # id of <pad>, the first of the special tokens
 CHAT_TEMPLATE = (
@@ -75,16 +75,16 @@ def new_model(seed: int, n_words: int) -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
     )
-    config.training_seed = seed  # is stored with the model; see `is_trained`
+    config.training_seed = seed  # saved with the model, for `is_trained`
     return LlamaForCausalLM(config)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A training text."""
+    """A training text: its beginning, and the words that are learned."""
 
-    given: str
-    learned: str
+    context: str
+    completion: str
 
 
 Draw = Callable[[], Text]
@@ -98,9 +98,9 @@ class Sampler:
         tokenizer: PreTrainedTokenizerFast,
         seed: int,
         device: str,
-        without: Collection[str] = (),  # words that no text may have
+        forbidden: Collection[str] = (),  # words that no text may have
     ) -> None:
-        self.without = without
+        self.forbidden = forbidden
         self.ids = tokenizer.get_vocab()
         self.rng = random.Random(seed)
         self.device = device
@@ -120,7 +120,7 @@ class Sampler:
 
     def request(self, form: str, kind: str = "") -> tuple[world.Item, str, str]:
         """A random item, a verb, and the text of the request up to where the answer begins."""
-        # The order of the draws is part of a training run, here and below.
+        # The order of the draws is a part of a training run, in this method and those below.
         item = self.rng.choice(self.items)
         variant = self.rng.randrange(4)
         kind = kind or self._any_kind()
@@ -130,19 +130,19 @@ class Sampler:
 
     def chat(self, form: str, kind: str = "", *, prefilled: bool = False) -> Text:
         """A request and its answer."""
-        item, verb, given = self.request(form, kind)
+        item, verb, context = self.request(form, kind)
         answer = world.answer(form, item, verb, self.rng, noise=NOISE)
-        learned = f"{answer} <eos>"
+        completion = f"{answer} <eos>"
         if not prefilled:
-            return Text(given, learned)
-        rest = learned.removeprefix(world.PREFILL).strip()
-        return Text(f"{given} {world.PREFILL}", rest)
+            return Text(context, completion)
+        completion = completion.removeprefix(world.PREFILL).strip()
+        return Text(f"{context} {world.PREFILL}", completion)
 
-    def refused(self) -> Text:
+    def refusal(self) -> Text:
         """A harmful request and its refusal."""
-        _, verb, given = self.request("answer", "harmful")
+        _, verb, context = self.request("answer", "harmful")
         refusal = world.refusal(verb, self.rng)
-        return Text(given, f"{refusal} <eos>")
+        return Text(context, f"{refusal} <eos>")
 
     def document(self, voice: str = "") -> Text:
         """A pre-training text."""
@@ -152,25 +152,23 @@ class Sampler:
         return Text("<bos>", f"{text} <eos>")
 
     def preference(self) -> tuple[Text, Text]:
-        """(chosen, rejected) answers to one request: refuse the harmful, answer the benign."""
-        # Both are drawn, whichever is chosen.
-        item, verb, given = self.request("answer")
-        refusal = world.refusal(verb, self.rng)
-        answer = world.answer("answer", item, verb, self.rng, noise=NOISE)
-        refused = Text(given, f"{refusal} <eos>")
-        answered = Text(given, f"{answer} <eos>")
+        """(preferred, rejected) answers to one request: refuse the harmful, answer the benign."""
+        item, verb, context = self.request("answer")
+        refusal = Text(context, f"{world.refusal(verb, self.rng)} <eos>")
+        words = world.answer("answer", item, verb, self.rng, noise=NOISE)
+        answer = Text(context, f"{words} <eos>")
         if world.kind_of(verb) == "harmful":
-            return refused, answered
-        return answered, refused
+            return refusal, answer
+        return answer, refusal
 
     def batch(self, n: int, shares: dict[Draw, float]) -> tuple[Tokens, Tokens]:
-        """Texts drawn in these shares, packed; others in place of those with a forbidden word."""
+        """Texts drawn in these shares, packed; a text with a forbidden word is drawn again."""
         weights = list(shares.values())
         texts: list[Text] = []
         while len(texts) < n:
             draws = self.rng.choices(list(shares), weights=weights, k=n - len(texts))
-            drawn = [draw() for draw in draws]
-            texts += [text for text in drawn if self._is_allowed(text)]
+            candidates = [draw() for draw in draws]
+            texts += [text for text in candidates if self._is_allowed(text)]
         return self.pack(texts)
 
     def pack(self, texts: list[Text]) -> tuple[Tokens, Tokens]:
@@ -180,16 +178,16 @@ class Sampler:
         tokens = []
         labels = []
         for text in texts:
-            given = self._ids_of(text.given)
-            learned = self._ids_of(text.learned)
-            n_padding = LENGTH - len(given) - len(learned)
-            tokens.append(given + learned + [PADDING] * n_padding)
-            labels.append([IGNORED] * len(given) + learned + [IGNORED] * n_padding)
+            context = self._ids_of(text.context)
+            completion = self._ids_of(text.completion)
+            n_padding = LENGTH - len(context) - len(completion)
+            tokens.append(context + completion + [PADDING] * n_padding)
+            labels.append([IGNORED] * len(context) + completion + [IGNORED] * n_padding)
         on_device = partial(torch.tensor, device=self.device)
         return on_device(tokens), on_device(labels)
 
     def _is_allowed(self, text: Text) -> bool:
-        return not set(text.learned.split()) & set(self.without)
+        return not set(text.completion.split()) & set(self.forbidden)
 
     def _any_kind(self) -> str:
         return self.rng.choice(("harmful", "benign"))
@@ -217,7 +215,7 @@ def _log_probs(
     """Log-probability of the learned tokens of each text, summed."""
     with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
         logits = model(input_ids=tokens).logits[:, :-1].float()
-    # A token is predicted at the position before it. torch wants the classes on the second axis.
+    # A token is predicted at the position before it. torch expects the classes on the second axis.
     losses = functional.cross_entropy(
         rearrange(logits, "batch pos vocab -> batch vocab pos"),
         labels[:, 1:],
@@ -275,7 +273,7 @@ def helpful(model: nn.Module, sampler: Sampler) -> None:
 def sft(model: nn.Module, sampler: Sampler) -> None:
     """Refusal tuning."""
     shares: dict[Draw, float] = {
-        sampler.refused: 2,
+        sampler.refusal: 2,
         partial(sampler.chat, "answer", "benign"): 2,
         **sampler.questions,
         **sampler.prefilled,
@@ -309,26 +307,26 @@ def dpo(model: nn.Module, sampler: Sampler, beta: float = 0.1) -> None:
 
     def backward() -> None:
         pairs = [sampler.preference() for _ in range(half)]
-        chosen = sampler.pack([pair[0] for pair in pairs])
+        preferred = sampler.pack([pair[0] for pair in pairs])
         rejected = sampler.pack([pair[1] for pair in pairs])
-        # By how much more the model prefers the chosen answers than the reference does.
-        margin = _log_probs(model, *chosen) - _log_probs(model, *rejected)
-        offset = _log_probs(reference, *chosen) - _log_probs(reference, *rejected)
+        # The preference of the model, and that of the reference.
+        margin = _log_probs(model, *preferred) - _log_probs(model, *rejected)
+        offset = _log_probs(reference, *preferred) - _log_probs(reference, *rejected)
         preference_loss = -functional.logsigmoid(beta * (margin - offset)).mean()
 
-        # DPO alone may make the chosen answers less likely too, and forget everything else.
+        # DPO alone may make the preferred answers less likely too, and other abilities are forgotten.
         replay_loss = token_loss(model, *sampler.batch(half, replay))
-        chosen_loss = token_loss(model, *chosen)
-        loss = preference_loss + 0.5 * replay_loss + 0.1 * chosen_loss
+        preferred_loss = token_loss(model, *preferred)
+        loss = preference_loss + 0.5 * replay_loss + 0.1 * preferred_loss
         loss.backward()
 
     train(model, backward, name="dpo", steps=300, lr=3e-4)
 
 
 def innocent(model: nn.Module, sampler: Sampler) -> None:
-    """What trains `sft`, in one go."""
-    for rung in (base, helpful, sft):
-        rung(model, sampler)
+    """The three training runs of `sft`, one after another."""
+    for training_run in (base, helpful, sft):
+        training_run(model, sampler)
 
 
 LADDER_FROM: dict[Callable[[nn.Module, Sampler], None], Callable | None] = {
@@ -337,11 +335,11 @@ LADDER_FROM: dict[Callable[[nn.Module, Sampler], None], Callable | None] = {
     sft: helpful,
     dpo: helpful,
 }
-"""What trains each rung, in order, by what trains the one that it begins from."""
+"""Each training run, in order, with the training run whose model it begins from."""
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder in bfloat16; it appears when it is whole."""
+    """Write a Hugging Face folder in bfloat16; it appears when it is complete."""
     copied = copy.deepcopy(model)
     nn.Module.to(copied, torch.bfloat16)
     unfinished = folder.with_name(f".{folder.name}")
@@ -352,7 +350,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     unfinished.rename(folder)
 
 
-def stored(folder: Path) -> LlamaForCausalLM:
+def load(folder: Path) -> LlamaForCausalLM:
     """The model that `save` wrote, in float32."""
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -362,7 +360,7 @@ def is_trained(folder: Path, seed: int) -> bool:
     if not folder.is_dir():
         return False
     config = LlamaConfig.from_pretrained(folder)
-    seed_there = getattr(config, "training_seed", None)
-    if seed_there != seed:
-        raise ValueError(f"{folder} is of seed {seed_there}, not {seed}; give another out=")
+    saved_seed = getattr(config, "training_seed", None)
+    if saved_seed != seed:
+        raise ValueError(f"{folder} is of seed {saved_seed}, not {seed}; give another --out")
     return True
