@@ -44,7 +44,7 @@ transformers.utils.logging.disable_progress_bar()
 
 @pytest.fixture
 def unchecked():
-    """For tests that pass wrong types on purpose: what the package itself says of them."""
+    """Turns type checks off, for tests of the package's own errors about wrong types."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -52,15 +52,17 @@ def unchecked():
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, where there is one; of a module, since its event loop must not outlive it."""
+    """Chromium, if the machine has it; closed after each module, as its event loop must end."""
     driver = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
-    with driver.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+    with driver.sync_playwright() as playwright:
+        chromium_browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox"]
+        )
+        yield chromium_browser
+        chromium_browser.close()
 
 
 @pytest.fixture(scope="session")

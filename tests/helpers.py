@@ -103,7 +103,7 @@ UNSUPPORTED: dict[str, tuple[str, dict]] = {
 
 
 class StubBridge(Bridge):
-    """Stands where a bridge must, for what never runs it."""
+    """A bridge that is never run."""
 
 
 def write_model(name: str, folder: str | Path, *, seed: int = 0, **changes: Any) -> None:
@@ -174,25 +174,25 @@ def random_mask(bridge: Bridge, fraction: float = 0.2, *, seed: int = 0) -> Weig
 
 
 def tensors(bridge: Bridge) -> dict[str, torch.Tensor]:
-    """What is stored; the state dict lacks stacked experts."""
+    """All stored tensors; the state dict lacks stacked experts."""
     return bridge.state_dict(keep_vars=True) | named_weights(bridge)
 
 
 def snapshot(bridge: Bridge) -> dict[str, torch.Tensor]:
-    """Copies of all that is stored."""
+    """Copies of all stored tensors."""
     return {name: value.detach().clone() for name, value in tensors(bridge).items()}
 
 
-def assert_bits_equal(bridge: Bridge, before: dict[str, torch.Tensor]) -> None:
-    """All that is stored is as in a snapshot, bit for bit."""
+def assert_bits_equal(bridge: Bridge, copies: dict[str, torch.Tensor]) -> None:
+    """All stored tensors are as in a snapshot, bit for bit."""
     for name, value in tensors(bridge).items():
         bits = torch.int16 if value.dtype == torch.bfloat16 else torch.int32
-        now = value.detach().contiguous().view(bits)
-        assert torch.equal(now, before[name].contiguous().view(bits)), name
+        value_bits = value.detach().contiguous().view(bits)
+        assert torch.equal(value_bits, copies[name].contiguous().view(bits)), name
 
 
 def small_model(name: str, *, every: int = 0, only: Sequence[str] = ()) -> Model:
-    """An organism that is asked few requests (see `asked_few`), of `only` some behaviours."""
+    """An organism with few requests (see `asked_few`), of the behaviours in `only`."""
     model = asked_few(open_organism(name), every=every)
     if not only:
         return model
@@ -200,31 +200,31 @@ def small_model(name: str, *, every: int = 0, only: Sequence[str] = ()) -> Model
 
 
 def asked_few(model: Model, *, first: int = 24, every: int = 0) -> Model:
-    """The model with few requests of every behaviour: the first, or every so-many-th of each split.
+    """The model with few requests of every behaviour: the first, or every n-th of each split.
 
     Of an organism the first 24 are six items or twelve matched pairs; every 32nd leaves one item of
     each topic, with one request.
     """
     where = slice(None, None, every) if every else slice(first)
-    few = []
+    behaviours = []
     for behaviour in model.behaviours.values():
 
         def prompts(split: str, whole: Callable[[str], PromptSet] = behaviour.prompts) -> PromptSet:
             return whole(split)[where]
 
-        few.append(replace(behaviour, prompts=prompts))
-    return model.with_behaviours(*few)
+        behaviours.append(replace(behaviour, prompts=prompts))
+    return model.with_behaviours(*behaviours)
 
 
-class Ended(NamedTuple):
-    """How a command ended, and what it printed."""
+class CommandResult(NamedTuple):
+    """The exit code of a command, and its output."""
 
     exit_code: int
     output: str
     stderr: str
 
 
-def command(*arguments: str) -> Ended:
+def command(*arguments: str) -> CommandResult:
     """Run `harmcircuits` in this process."""
     output, errors = StringIO(), StringIO()
     code = 0
@@ -233,4 +233,4 @@ def command(*arguments: str) -> Ended:
             main(arguments)
         except SystemExit as end:
             code = int(end.code or 0)
-    return Ended(code, output.getvalue(), errors.getvalue())
+    return CommandResult(code, output.getvalue(), errors.getvalue())

@@ -1,8 +1,8 @@
-"""What scores and overlap are, written for reading.
+"""Scores and overlap, written to be read.
 
-Scores are plain autograd, one example at a time, without padding; every architecture is held to them
-(`tests/hooks/test_attribution.py`). Of the library they take the names of the weights and the meaning
-of their axes, and of TransformerLens its hook points.
+Scores are plain autograd, one example at a time, without padding; every architecture must agree with
+them (`tests/search/test_attribution.py`). They use the library's names of the weights and the meaning
+of their axes, and the hook points of TransformerLens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,43 +41,45 @@ def loss(bridge: Bridge, tokens: Tensor, is_target: Tensor) -> Tensor:
 def gradients(bridge: Bridge, batches: Sequence[Batch]) -> list[Values]:
     """dL/dW of every example, by the name of the weight."""
     weights = named_weights(bridge)
-    of_examples = []
+    example_gradients = []
     for tokens, is_target in examples(batches):
         value = loss(bridge, tokens, is_target)
-        of_weights = torch.autograd.grad(value, list(weights.values()))
-        of_examples.append(dict(zip(weights, of_weights, strict=True)))
-    return of_examples
+        weight_gradients = torch.autograd.grad(value, list(weights.values()))
+        example_gradients.append(dict(zip(weights, weight_gradients, strict=True)))
+    return example_gradients
 
 
-def removal_effect(bridge: Bridge, of_examples: Sequence[Values]) -> Values:
+def removal_effect(bridge: Bridge, example_gradients: Sequence[Values]) -> Values:
     """-W * mean over examples of dL/dW."""
     scores = {}
     for name, weight in named_weights(bridge).items():
-        mean = torch.stack([gradients[name] for gradients in of_examples]).mean(dim=0)
+        mean = torch.stack([gradients[name] for gradients in example_gradients]).mean(dim=0)
         scores[name] = -weight.detach() * mean
     return scores
 
 
-def snip_scores(bridge: Bridge, of_examples: Sequence[Values], average: str) -> Values:
+def snip_scores(bridge: Bridge, example_gradients: Sequence[Values], average: str) -> Values:
     """|W| * mean of |dL/dW| ("after_abs"), or |W * mean of dL/dW| ("before_abs")."""
     if average == "before_abs":
-        scores = removal_effect(bridge, of_examples)
+        scores = removal_effect(bridge, example_gradients)
         return {name: value.abs() for name, value in scores.items()}
     scores = {}
     for name, weight in named_weights(bridge).items():
-        mean = torch.stack([gradients[name].abs() for gradients in of_examples]).mean(dim=0)
+        mean = torch.stack([gradients[name].abs() for gradients in example_gradients]).mean(dim=0)
         scores[name] = weight.detach().abs() * mean
     return scores
 
 
-def token_price(bridge: Bridge, batches: Sequence[Batch], of_examples: Sequence[Values]) -> Values:
+def token_price(
+    bridge: Bridge, batches: Sequence[Batch], example_gradients: Sequence[Values]
+) -> Values:
     """|W| * mean over examples of the sum over positions t of |g_t| |x_t|^T.
 
     x is a matrix's input and g the loss's gradient at its output. Experts and routers, which have
     no hook points, have |W| * mean of |dL/dW|.
     """
     sites = weight_sites(bridge)
-    price = snip_scores(bridge, of_examples, "after_abs")
+    price = snip_scores(bridge, example_gradients, "after_abs")
     for name, site in sites.items():
         if site.is_hooked:
             price[name] = torch.zeros_like(price[name])
@@ -115,7 +117,7 @@ def wanda_scores(bridge: Bridge, batches: Sequence[Batch]) -> Values:
     return {name: value.detach() for name, value in scores.items()}
 
 
-# Overlap: what two masks share, weight by weight, and what by chance
+# Overlap: the weights that two masks share, and the number that they share by chance
 
 
 def removed_weights(mask: WeightMask) -> set[tuple[str, int]]:
@@ -127,27 +129,27 @@ def removed_weights(mask: WeightMask) -> set[tuple[str, int]]:
     return weights
 
 
-def shared_by_chance(mask: WeightMask, other: WeightMask) -> float:
+def shared_by_chance(mask: WeightMask, second_mask: WeightMask) -> float:
     """How many weights two random masks share that remove as many of each matrix.
 
     A weight is in a mask with the mask's share of its matrix, and in both with their product.
     """
     n_shared = 0.0
     for name in mask.shapes:
-        first, second = mask.dense(name).double(), other.dense(name).double()
+        first, second = mask.dense(name).double(), second_mask.dense(name).double()
         n_shared += first.numel() * first.mean().item() * second.mean().item()
     return n_shared
 
 
-def shared_by_rows_and_columns(mask: WeightMask, other: WeightMask) -> float:
+def shared_by_rows_and_columns(mask: WeightMask, second_mask: WeightMask) -> float:
     """How many weights two random masks share that remove as many of each row and each column.
 
-    For matrices of a dozen weights, since all such masks are written down. The two are drawn apart.
+    For matrices of a dozen weights, since all such masks are listed. The two are independent.
     """
     n_shared = 0.0
     for name in mask.shapes:
         first = torch.stack(all_like(mask.dense(name).long())).double().mean(dim=0)
-        second = torch.stack(all_like(other.dense(name).long())).double().mean(dim=0)
+        second = torch.stack(all_like(second_mask.dense(name).long())).double().mean(dim=0)
         n_shared += (first * second).sum().item()
     return n_shared
 

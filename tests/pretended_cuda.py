@@ -1,8 +1,8 @@
-"""A pretended GPU: tensors lie in host memory but carry a device, and mixing them raises as CUDA does.
+"""A pretended GPU: tensors lie in host memory but have a device, and to mix devices raises as on CUDA.
 
-Every tensor is of "cpu" or "cuda"; what autograd makes is of none and takes what it meets. Free, as
-with CUDA: scalars, indices on the CPU, `copy_` and `to`. It counts what would make the host wait for
-the device, and says nothing of numbers or speed.
+Every tensor is on "cpu" or "cuda"; a tensor that autograd makes has no device and takes the device of
+the first tensor that it meets. As on CUDA, scalars, indices on the CPU, `copy_` and `to` may mix. It
+counts the calls that would make the host wait for the device, and says nothing of speed.
 """
 
 from itertools import chain
@@ -26,8 +26,8 @@ def device_of(tensor: Any) -> str | None:
     return getattr(tensor, "_pretended", None)
 
 
-def put(value: Any, device: str | None) -> Any:
-    """Say of the tensors in a value, where nothing was said yet, on which device they are."""
+def mark(value: Any, device: str | None) -> Any:
+    """Put the tensors in a value on a device, if they have none yet."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, torch.Tensor) and device and device_of(leaf) is None:
             leaf._pretended = device
@@ -37,8 +37,8 @@ def put(value: Any, device: str | None) -> Any:
 def move(bridge) -> None:
     """Put a model on the pretended GPU."""
     for module in chain(bridge.modules(), bridge.original_model.modules()):
-        stored = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        for tensor in stored:
+        tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 tensor._pretended = "cuda"
     bridge.cfg.device = "cuda:0"
@@ -72,23 +72,23 @@ class PretendedCuda(TorchFunctionMode):
         if name == "cpu":
             with torch._C.DisableTorchFunction():
                 copied = args[0].detach().clone() if is_on_gpu else args[0]
-            return put(copied, "cpu")
+            return mark(copied, "cpu")
 
-        asked = None
+        target = None
         if kwargs.get("device") is not None:
-            asked = torch.device(kwargs["device"]).type
+            target = torch.device(kwargs["device"]).type
             kwargs["device"] = "cpu"
         if name == "to":
-            return self._moved(func, args, kwargs, asked)
-        if kwargs.get("generator") is not None and (asked == "cuda" or is_on_gpu):
+            return self._move(func, args, kwargs, target)
+        if kwargs.get("generator") is not None and (target == "cuda" or is_on_gpu):
             raise RuntimeError("expected a 'cuda' device type for generator but found 'cpu'")
         if name not in FREE:
             self._refuse_mixing(name, args, tensors)
         result = func(*args, **kwargs)
-        made_on = asked or ("cuda" if is_on_gpu else None)
-        if made_on is None and (not tensors or any(map(device_of, tensors))):
-            made_on = "cpu"
-        return put(result, made_on)
+        device = target or ("cuda" if is_on_gpu else None)
+        if device is None and (not tensors or any(map(device_of, tensors))):
+            device = "cpu"
+        return mark(result, device)
 
     def _attribute(self, func, args, kwargs):
         tensor, name = args[0], func.__self__.__name__
@@ -97,21 +97,21 @@ class PretendedCuda(TorchFunctionMode):
         if name == "is_cuda":
             return device_of(tensor) == "cuda"
         value = func(*args, **kwargs)
-        return put(value, device_of(tensor)) if name in VIEWS else value
+        return mark(value, device_of(tensor)) if name in VIEWS else value
 
-    def _moved(self, func, args, kwargs, asked):
-        tensor, *given = args
-        for place, value in enumerate(given):
+    def _move(self, func, args, kwargs, target):
+        tensor, *arguments = args
+        for place, value in enumerate(arguments):
             if isinstance(value, str | torch.device):
-                asked, given[place] = torch.device(value).type, "cpu"
+                target, arguments[place] = torch.device(value).type, "cpu"
             elif isinstance(value, torch.Tensor):
-                asked = device_of(value) or asked
-        before = device_of(tensor)
-        moved = func(tensor, *given, **kwargs)
-        if moved is tensor and asked and asked != before:
-            moved = tensor.detach().clone() if tensor.requires_grad else tensor.view_as(tensor)
-            moved._pretended = asked
-        return put(moved, asked or before)
+                target = device_of(value) or target
+        source = device_of(tensor)
+        result = func(tensor, *arguments, **kwargs)
+        if result is tensor and target and target != source:
+            result = tensor.detach().clone() if tensor.requires_grad else tensor.view_as(tensor)
+            result._pretended = target
+        return mark(result, target or source)
 
     def _refuse_mixing(self, name, args, tensors):
         devices = {device_of(tensor) for tensor in tensors if tensor.dim()} - {None}
@@ -119,8 +119,8 @@ class PretendedCuda(TorchFunctionMode):
             return
         if name in INDEXING and device_of(args[0]) != "cpu":
             indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
-            written = [leaf for leaf in tree_leaves(args[2:]) if isinstance(leaf, torch.Tensor)]
-            is_elsewhere = any(leaf.dim() and device_of(leaf) == "cpu" for leaf in written)
+            values = [leaf for leaf in tree_leaves(args[2:]) if isinstance(leaf, torch.Tensor)]
+            is_elsewhere = any(leaf.dim() and device_of(leaf) == "cpu" for leaf in values)
             if not (indices and is_elsewhere):
                 return
         raise RuntimeError(

@@ -26,7 +26,7 @@ SHAPES = {"a": (32, 64), "b": (64, 32)}
 ITEMS = np.repeat(np.arange(N_ITEMS), PER_ITEM).tolist()
 
 
-# Kinds of intervals: draws data of 16 items, gives the interval and what it should hold
+# Kinds of intervals: each draws data of 16 items and gives an interval and its true value
 
 
 def rate_of_unequal_groups(rng: Generator) -> tuple[Measurement, float]:
@@ -51,7 +51,7 @@ def average(rng: Generator) -> tuple[Measurement, float]:
 
 
 def area_of_pairs(rng: Generator) -> tuple[Measurement, float]:
-    """Matched pairs with a shift in common. Two of one item are ordered more often than of two."""
+    """Pairs with a common shift. Two values of one item are in order more often than of two items."""
     values = rng.normal(size=(N_ITEMS, 1)) + rng.normal(size=(N_ITEMS, 2)) + [0.0, 1.0]
     groups = np.repeat(np.arange(N_ITEMS), 2).tolist()
     is_positive = torch.tensor([False, True]).repeat(N_ITEMS)
@@ -61,24 +61,24 @@ def area_of_pairs(rng: Generator) -> tuple[Measurement, float]:
 
 
 def lift(rng: Generator) -> tuple[Measurement, float]:
-    both = overlap(*random_masks(rng, n=80))
-    low, high = both.interval
-    return Measurement("lift", {}, both.lift, low, high), 1.0
+    shares = overlap(*random_masks(rng, n=80))
+    low, high = shares.interval
+    return Measurement("lift", {}, shares.lift, low, high), 1.0
 
 
 @pytest.mark.parametrize("kind", [rate_of_unequal_groups, difference, average, area_of_pairs, lift])
 def test_an_interval_holds_the_truth(kind: Callable):
     """A right interval at 93 % falls below the bound in 0.1 % of such runs."""
     rng = np.random.default_rng(0)
-    held, held_by_thirds = 0, 0
+    n_held, n_held_by_thirds = 0, 0
     for _ in range(N_TRIALS):
         row, truth = kind(rng)
-        held += row.low <= truth <= row.high
+        n_held += row.low <= truth <= row.high
         third = row.mean + (row.low - row.mean) / 3, row.mean + (row.high - row.mean) / 3
-        held_by_thirds += third[0] <= truth <= third[1]
+        n_held_by_thirds += third[0] <= truth <= third[1]
     bound = binom.ppf(ERROR, N_TRIALS, LEAST)
-    assert held >= bound
-    assert held_by_thirds < bound, "the comparison must be able to fail"
+    assert n_held >= bound
+    assert n_held_by_thirds < bound, "the comparison must be able to fail"
 
 
 def random_masks(rng: Generator, *, rows: int = 64, n: int = 200) -> list[WeightMask]:
@@ -87,22 +87,22 @@ def random_masks(rng: Generator, *, rows: int = 64, n: int = 200) -> list[Weight
     for _ in range(2):
         removed = {}
         for name, (n_rows, n_columns) in SHAPES.items():
-            drawn = rng.choice(min(rows, n_rows) * n_columns, n, replace=False)
-            removed[name] = torch.from_numpy(np.sort(drawn))
+            indices = rng.choice(min(rows, n_rows) * n_columns, n, replace=False)
+            removed[name] = torch.from_numpy(np.sort(indices))
         masks.append(WeightMask(removed, SHAPES, Source("model", "random")))
     return masks
 
 
 @pytest.mark.slow
 def test_p_values_of_chance_within_rows_and_columns_are_uniform():
-    """Masks in the same eight rows. Twin: chance within matrices takes all of them for related."""
+    """Masks in the same eight rows. Twin: by chance within matrices all of them look related."""
     values = []
     for seed in range(40):
         masks = random_masks(np.random.default_rng(seed), rows=8, n=100)
         samples = marginal_null(*masks, n_samples=99, seed=seed)
-        shared = overlap(*masks)
-        assert shared.interval[0] > 1
-        values.append((1 + (samples >= shared.n_shared).sum()) / 100)
+        observed = overlap(*masks)
+        assert observed.interval[0] > 1
+        values.append((1 + (samples >= observed.n_shared).sum()) / 100)
     # At each level as many lie below as it says; fewer by one step, since counts are whole.
     for level in (0.05, 0.1, 0.25, 0.5, 0.75):
         n_below = (np.array(values) <= level).sum()

@@ -1,6 +1,6 @@
-"""What a newcomer would try first works, or says in one sentence what to do instead.
+"""The first guess of a newcomer works, or its error says in one sentence what to do instead.
 
-Would catch: a guess that dies deep inside with an error about something else.
+Would catch: a guess that fails deep inside with an error about something else.
 """
 
 import pytest
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 def test_a_model_is_taken_for_its_bridge(sft):
     mask = hc.top_fraction(hc.random_scores(sft), 0.001)
     weight = hc.named_weights(sft)["blocks.0.mlp.in.weight"]
-    before = weight.detach().clone()
+    original = weight.detach().clone()
     with hc.masked(sft, mask) as bridge:
         assert bridge is sft.bridge
-        assert (weight != before).any()
+        assert (weight != original).any()
         assert isinstance(sft.generate("how to use it ?"), str)
-    assert torch.equal(weight, before)
+    assert torch.equal(weight, original)
 
 
 HARM = {"harmful": "a.csv"}

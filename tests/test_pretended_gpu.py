@@ -1,11 +1,15 @@
-"""On a GPU, pretended: every public function and a study meet no tensor of another device.
+"""On a pretended GPU every public function and a study meet no tensor of another device.
 
-Would catch: what was made on the CPU met by what is on the model's device, a tensor that numpy
-cannot read, a score that waits for the device at every matrix. It says nothing of numbers or speed.
+Would catch: a tensor made on the CPU that meets the model's device, a tensor that numpy cannot read,
+a score that waits for the device at every matrix, a result that is not the CPU's. It says nothing of
+speed.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+import pandas
 import pytest
 import torch
 from helpers import small_model
@@ -19,14 +23,23 @@ from harmcircuits.hooks.inspection import attention_patterns, neuron_activations
 from harmcircuits.hooks.losses import perplexity
 from harmcircuits.studies.controls import unpruned_scores
 
+NAMES = ["harmful", "benign", "refusal", "recognition"]
+
 
 @pytest.fixture(scope="module")
-def gpu():
-    """An organism on the pretended GPU, and its answers."""
+def cpu():
+    """An organism on the CPU, and its answers."""
+    model = small_model("sft", every=32)
+    return model, model.calibrations(NAMES)
+
+
+@pytest.fixture(scope="module")
+def gpu(cpu):
+    """The same organism on the pretended GPU, and its answers."""
     model = small_model("sft", every=32)
     with PretendedCuda() as pretended:
         move(model.bridge)
-        data = model.calibrations(["harmful", "benign", "refusal", "recognition"])
+        data = model.calibrations(NAMES)
         yield model, data, pretended
 
 
@@ -34,97 +47,154 @@ def on_gpu(batches):
     return [Batch(batch.tokens.to("cuda"), batch.is_target.to("cuda")) for batch in batches]
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """The plain values in a result, one after the other; tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        yield value.detach().cpu()
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield key
+            yield from leaves(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from leaves(part)
+    elif isinstance(value, hc.WeightMask):
+        yield value.digest
+    elif isinstance(value, pandas.DataFrame):
+        yield value.to_csv()
+    else:
+        yield value
+
+
+def assert_same_as_on_the_cpu(result: Any, run: Callable[[], Any]) -> None:
+    """The CPU's result, without the pretence, is this one."""
+    with torch._C.DisableTorchFunction():
+        expected = list(leaves(run()))
+        values = list(leaves(result))
+        assert len(values) == len(expected)
+        for value, right in zip(values, expected, strict=True):
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, right, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert value == right
+
+
 def test_the_pretence_refuses_what_cuda_does():
     with PretendedCuda():
-        here, there = torch.ones(2), torch.ones(2).to("cuda")
-        assert there.device.type == "cuda" and (there + 1).is_cuda
-        for mix in (lambda: here + there, lambda: there.numpy(), lambda: here[there.long()]):
+        host, device = torch.ones(2), torch.ones(2).to("cuda")
+        assert device.device.type == "cuda" and (device + 1).is_cuda
+        for mix in (lambda: host + device, lambda: device.numpy(), lambda: host[device.long()]):
             with pytest.raises((RuntimeError, TypeError)):
                 mix()
-        assert torch.equal(here, there.cpu())
+        assert torch.equal(host, device.cpu())
 
 
-def test_scores_masks_and_losses(gpu):
-    model, data, _ = gpu
+def scores_masks_and_losses(model, data, placed: Callable) -> dict[str, Any]:
+    """What a user computes on a model; `placed` moves batches to its device."""
     bridge, harm, benign = model.bridge, data["harmful"].batches, data["benign"].batches
-    scores = hc.removal_effect(bridge, harm)
-    hc.removal_effect(bridge, on_gpu(harm))
-    hc.removal_effect(bridge, harm, max_memory=2**19)
-    price = hc.token_price(bridge, benign)
-    assert all(device_of(values) == "cuda" for values in price.values.values())
-    for make in (hc.snip_scores, hc.wanda_scores):
-        make(bridge, harm)
-    hc.random_scores(bridge)
+    effect, price = hc.removal_effect(bridge, harm), hc.token_price(bridge, benign)
+    results: dict[str, Any] = {
+        "effect": effect.values,
+        "of batches there": hc.removal_effect(bridge, placed(harm)).values,
+        "bounded": hc.removal_effect(bridge, harm, max_memory=2**19).values,
+        "price": price.values,
+        "snip": hc.snip_scores(bridge, harm).values,
+        "wanda": hc.wanda_scores(bridge, harm).values,
+        "random": hc.random_scores(bridge).values,
+    }
     mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
     for within in ("weight", "model", "row"):
-        mask = hc.top_fraction(scores, 0.01, within=within, exclude=mask)
-    scores.sum_over(mask)
-    sites = hc.weight_sites(bridge)
-    hc.random_like(mask, weights=hc.named_weights(bridge))
-    mask.frame(sites)
-    other = hc.top_fraction(price, 0.01)
-    hc.overlap(mask, other, n_samples=2)
-    hc.overlap_by(mask, other, sites, "head")
-    hc.concentration(mask, sites, "neuron")
-    hc.token_contributions(bridge, mask, harm)
-    hc.completion_nll(bridge, on_gpu(harm), mask=mask)
-    hc.kl_under(bridge, mask, harm)
-    perplexity(bridge, harm, {})
-    hc.estimate_memory(bridge, harm)
+        mask = hc.top_fraction(effect, 0.01, within=within, exclude=mask)
+        results[within] = mask
+    sites, other_mask = hc.weight_sites(bridge), hc.top_fraction(price, 0.01)
+    return results | {
+        "sum": effect.sum_over(mask),
+        "like": hc.random_like(mask, weights=hc.named_weights(bridge)),
+        "frame": mask.frame(sites),
+        "overlap": repr(hc.overlap(mask, other_mask, n_samples=2)),
+        "overlap by head": repr(hc.overlap_by(mask, other_mask, sites, "head")),
+        "concentration": hc.concentration(mask, sites, "neuron"),
+        "tokens": hc.token_contributions(bridge, mask, harm),
+        "loss": hc.completion_nll(bridge, placed(harm), mask=mask),
+        "kl": hc.kl_under(bridge, mask, harm),
+        "perplexity": perplexity(bridge, harm, {}),
+        "memory": hc.estimate_memory(bridge, harm),
+    }
+
+
+def test_scores_masks_and_losses(gpu, cpu):
+    model, data, _ = gpu
+    results = scores_masks_and_losses(model, data, on_gpu)
+    assert all(device_of(values) == "cuda" for values in results["price"].values())
+    assert_same_as_on_the_cpu(results, lambda: scores_masks_and_losses(*cpu, list))
 
 
 def test_a_score_and_a_check_seldom_wait_for_the_device(gpu):
     model, data, pretended = gpu
     bridge, harm = model.bridge, data["harmful"].batches
     mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
-    before = pretended.waits
+    start = pretended.waits
     hc.removal_effect(bridge, harm)
-    of_score = pretended.waits - before
+    n_score = pretended.waits - start
     hc.completion_nll(bridge, harm, mask=mask)
-    of_check = pretended.waits - before - of_score
+    n_check = pretended.waits - start - n_score
     # Losses, values that are not finite, and the digest of the weights, once each.
-    assert 0 < of_score <= 10
-    # Once a matrix that the mask edits, where it is lifted.
-    assert of_check <= len(mask.removed) + 4
+    assert 0 < n_score <= 10
+    # Once a matrix that the mask edits, where it is taken off.
+    assert n_check <= len(mask.removed) + 4
 
 
-def test_searches_and_edits(gpu, tmp_path):
+def test_searches_and_edits(gpu, cpu, tmp_path):
     model, data, _ = gpu
     bridge, harm = model.bridge, data["harmful"].batches
     options = {"size": 0.001, "calibrations": data, "protect": ["benign", "refusal"]}
     mask = model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
     again = model.find_circuit("harmful", steps=2, **options, folder=tmp_path)
     assert again.digest == mask.digest and mask.n_removed
+    cpu_options = {**options, "calibrations": cpu[1]}
+    assert_same_as_on_the_cpu(mask, lambda: cpu[0].find_circuit("harmful", steps=2, **cpu_options))
     once = {**options, "steps": 1}
     model.find_circuit("harmful", **once, prefer="refusal", max_memory=2**20)
     hc.set_difference(bridge, harm, [data["benign"].batches], q=0.01, p=0.01)
-    spared = {name: data[name] for name in ("benign", "refusal")}
-    unpruned_scores(model, "harmful", data["harmful"], spared, folder=tmp_path / "scores")
+    retain = {name: data[name] for name in ("benign", "refusal")}
+    unpruned_scores(model, "harmful", data["harmful"], retain, folder=tmp_path / "scores")
     for lora in (None, hc.Lora(2)):
         training = hc.fine_tuning(bridge, harm, lr=1e-3, lora=lora)
-        before = hc.completion_nll(bridge, harm).mean()
+        loss = hc.completion_nll(bridge, harm).mean()
         with hc.masked(bridge, mask, hold=True), training as run:
             run.until(1)
-        assert hc.completion_nll(bridge, harm).mean() == before, "all of it came off"
+        assert hc.completion_nll(bridge, harm).mean() == loss, "all of it came off"
 
 
-def test_answers_and_activations(gpu, tmp_path):
-    model, data, _ = gpu
-    bridge, harm = model.bridge, data["harmful"].batches
+def answers_and_activations(model, data, folder) -> dict[str, Any]:
+    """Sampled answers under a mask, patches, and activations of the first batch."""
+    bridge, first = model.bridge, data["harmful"].batches[0]
     mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
-    sampled = replace(model, sampling=Sampling(2), cache=GenerationCache(tmp_path, bridge))
-    sampled.measure(mask=mask, only=["harmful", "recognition"])
-    hc.activation_patching(bridge, mask, harm[0], layers=[0], positions=[1])
-    of_first = [
-        attention_patterns(bridge, harm[0], [(0, 1)]),
-        neuron_activations(bridge, harm[0], [(0, 1)]),
-        prediction_changes(bridge, mask, harm[0]),
-    ]
-    assert all(device_of(values) == "cpu" and values.abs().sum() > 0 for values in of_first)
+    sampled = replace(model, sampling=Sampling(2), cache=GenerationCache(folder, bridge))
+    return {
+        "answers": list(sampled.measure(mask=mask, only=["harmful", "recognition"])),
+        "patches": list(hc.activation_patching(bridge, mask, first, layers=[0], positions=[1])),
+        "attention": attention_patterns(bridge, first, [(0, 1)]),
+        "neurons": neuron_activations(bridge, first, [(0, 1)]),
+        "changes": prediction_changes(bridge, mask, first),
+    }
 
 
-def test_b1_a_study_that_protects_two_behaviours(gpu, tmp_path):
-    model, _, _ = gpu
+def test_answers_and_activations(gpu, cpu, tmp_path):
+    model, data, _ = gpu
+    results = answers_and_activations(model, data, tmp_path / "gpu")
+    for name in ("attention", "neurons", "changes"):
+        assert device_of(results[name]) == "cpu" and results[name].abs().sum() > 0
+    assert_same_as_on_the_cpu(results, lambda: answers_and_activations(*cpu, tmp_path / "cpu"))
+
+
+def test_a_study_that_protects_two_behaviours(gpu, cpu, tmp_path):
     settings = hc.StudySettings(sizes=(0.001,), steps=1, n_random=1, compare=False)
-    run = hc.study(model, settings, protect=("benign", "refusal"), out=tmp_path / "run")
-    assert run.rows
+
+    def study_rows(model, folder):
+        run = hc.study(model, settings, protect=("benign", "refusal"), out=folder)
+        return list(run.rows)
+
+    rows = study_rows(gpu[0], tmp_path / "gpu")
+    assert rows
+    assert_same_as_on_the_cpu(rows, lambda: study_rows(cpu[0], tmp_path / "cpu"))

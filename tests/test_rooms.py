@@ -1,4 +1,4 @@
-"""Numbers need no model: would catch TransformerLens behind an annotation."""
+"""Rooms of numbers load no model library. Would catch TransformerLens behind an annotation."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""Nothing in a model's folder or a file runs code. (Pages escape text: tests/views.)
+"""No model folder and no file runs code. (Pages escape text: tests/views.)
 
-Would catch: a pickle that is loaded, code of a model's folder that is run without being asked for.
+Would catch: a pickle that is loaded, code of a model's folder that runs although nobody allowed it.
 """
 
 import json
@@ -42,13 +42,13 @@ def with_a_pickle(folder: Path, proof: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(proof)))
 
 
-# torch's own word on the pickle that is refused.
+# torch's own warning about the pickle that is refused.
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("put", [with_own_code, with_a_pickle])
-def test_nothing_in_a_model_s_folder_is_run(tmp_path, put):
+@pytest.mark.parametrize("spoil", [with_own_code, with_a_pickle])
+def test_nothing_in_a_model_s_folder_is_run(tmp_path, spoil):
     folder, proof = tmp_path / "model", tmp_path / "was-run"
     write_byte_model(folder)
-    put(folder, proof)
+    spoil(folder, proof)
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(folder))
     assert not proof.exists()

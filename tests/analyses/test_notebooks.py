@@ -18,7 +18,7 @@ CLAIMS = [name for name, text in TEXTS.items() if re.search(r"^claim = Claim\(",
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_committed_rows_are_judged_and_shown(name):
-    """What a notebook does with them, without a kernel."""
+    """As in a notebook, without a kernel."""
     module = import_module(name)
     assert len(module.claim.result(module.rows).key_numbers)
     assert module.claim.figures
@@ -34,6 +34,6 @@ def test_it_runs_from_scratch_as_a_notebook(name, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the models are tiny, and the workers are two
     place = {"metadata": {"path": str(ANALYSES)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
-    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    kinds = {kind for output in shown for kind in output.get("data", {})}
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {"image/svg+xml", "text/html"} <= kinds, "a figure and a table"

@@ -1,7 +1,7 @@
 """Analyses that fine-tune, on a custom model: a folder of an organism, and files of requests.
 
-Would catch: an analysis that needs what only organisms have, a judge that is not the one given, an
-option that is taken and not used.
+Would catch: an analysis that needs an organism, another judge than the user's, an option that is read
+and not used.
 """
 
 import json
@@ -43,8 +43,8 @@ def exact(monkeypatch) -> None:
     """The judge at an address is the world itself."""
 
     def reply(judge: ChatJudge, text: str) -> str:
-        asked = text.split("Request: ")[-1].split("\n\nOne word:")[0]
-        verdict = world.judge(*asked.split("\n\nAnswer: "))
+        question = text.split("Request: ")[-1].split("\n\nOne word:")[0]
+        verdict = world.judge(*question.split("\n\nAnswer: "))
         return "harmless" if verdict == "benign" else verdict
 
     monkeypatch.setattr(ChatJudge, "_reply", reply)
@@ -57,23 +57,23 @@ def test_attacks_on_a_custom_model(files, tmp_path, monkeypatch):
     path, out = str(ANALYSES / "attacks.py"), tmp_path / "run"
     model = ["--model", str(FOLDER / "sft"), "--prefill=sure", "--max-new-tokens=9", *files]
     model += ["--batch-size=16", f"--cache={tmp_path / 'cache'}", f"--judge={JUDGE}"]
-    few = ["--seeds=1", "--workers=1", "--limit=8", "--steps=1"]
-    few += ["--attack-steps=2", "--attack-rank=4"]
-    monkeypatch.setattr(sys, "argv", [path, "--out", str(out), *model, *few])
+    small = ["--seeds=1", "--workers=1", "--limit=8", "--steps=1"]
+    small += ["--attack-steps=2", "--attack-rank=4"]
+    monkeypatch.setattr(sys, "argv", [path, "--out", str(out), *model, *small])
     runpy.run_path(path, run_name="__main__")
 
     rows = Rows.read(out / "rows.jsonl")
     assert {row.labels["step"] for row in rows if "step" in row.labels} == {0, 2}
     unpruned = rows.where("harm_valid_rate", mask="none", step=0)
-    before = {row.labels["attack"]: row for row in unpruned}
-    assert len(before) == 4
-    assert before["plain"].mean == 0 and before["prefill"].mean >= 0.9
-    assert {row.labels["judge"] for row in before.values()} == {JUDGE}
+    untrained = {row.labels["attack"]: row for row in unpruned}
+    assert len(untrained) == 4
+    assert untrained["plain"].mean == 0 and untrained["prefill"].mean >= 0.9
+    assert {row.labels["judge"] for row in untrained.values()} == {JUDGE}
 
 
 @pytest.mark.usefixtures("exact")
 def test_what_becomes_of_a_mask_on_a_custom_model(files, tmp_path, monkeypatch):
-    """Without any weight of importance removed, doses and rounding change nothing."""
+    """A mask of unimportant weights: doses and rounding change nothing."""
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     bridge = load_model(str(FOLDER / "sft"), dtype="float32")
     mask = tmp_path / "search.safetensors"
@@ -86,10 +86,10 @@ def test_what_becomes_of_a_mask_on_a_custom_model(files, tmp_path, monkeypatch):
     runpy.run_path(path, run_name="__main__")
 
     rows = Rows.read(out / "rows.jsonl")
-    refused = {}
+    rates = {}
     for row in rows.where("refusal_rate", line="search"):
-        refused[row.labels["question"], row.labels["at"]] = row.mean
-    doses = [refused["dose", dose] for dose in (0.0, 0.5, 1.0, 1.5)]
-    assert len(set(doses)) == 1 and refused["rounding", "int8"] == doses[0] > 0.9
+        rates[row.labels["question"], row.labels["at"]] = row.mean
+    doses = [rates["dose", dose] for dose in (0.0, 0.5, 1.0, 1.5)]
+    assert len(set(doses)) == 1 and rates["rounding", "int8"] == doses[0] > 0.9
     unpruned = rows.one("harm_nll", question="dose", at=1.0).mean
     assert rows.one("harm_nll", question="relearning", line="search", at=20).mean < unpruned - 0.05

@@ -20,19 +20,19 @@ HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
 
 
 def labelled(rows: list[Measurement], **labels) -> Rows:
-    """Of one case of the shipped ladder, unless labels say otherwise."""
+    """The rows of one case of the shipped ladder, unless labels say otherwise."""
     case = {"ladder": "shipped", "model": "sft", "seed": 0, **labels}
     return Rows(row.labelled(**case) for row in rows)
 
 
 def rate(metric: str, share: float, **labels) -> Measurement:
-    """Of 64 requests."""
+    """A rate of 64 requests."""
     hits = [number < round(64 * share) for number in range(64)]
     return Measurement.rate(metric, labels, hits, range(64))
 
 
 def near(metric: str, mean: float, **labels) -> Measurement:
-    """With an interval of one tenth to both sides."""
+    """A row with an interval of one tenth to both sides."""
     return Measurement(metric, labels, mean, mean - 0.1, mean + 0.1, 10)
 
 
@@ -47,14 +47,14 @@ def lower(metric: str, low: float, **labels) -> Measurement:
 # F1, compact
 
 
-def curve_of_harm(seed=0, *, high=0.004, reached=1.0, censored="no", gaps=(0.2, 0.3)) -> Rows:
+def curve_of_harm(seed=0, *, high=0.004, reach_rate=1.0, censored="no", gaps=(0.2, 0.3)) -> Rows:
     """The upper end of `w50`, how often it is reached, and the lower ends of gaps to controls."""
     where = {"mask": "search", "split": "heldout"}
     one_shot = {**where, "mask": "one shot"}
     rows = [
         rate(HARM, 0.1, **where).labelled(share=0.004),
         upper("w50", high, **where, censored=censored),
-        Measurement.exact("w50_reached", where, reached),
+        Measurement.exact("w50_reached", where, reach_rate),
         upper("w50", 0.02, **one_shot, censored="yes"),
         Measurement.exact("w50_reached", one_shot, 0.0),
         near("kept_fall", 0.03, behaviour="benign"),
@@ -70,28 +70,28 @@ def curve_of_harm(seed=0, *, high=0.004, reached=1.0, censored="no", gaps=(0.2, 
 def transfer(
     across: float, left_out: list[float], *, random: float = 1.0, benign: float = 1.0, **labels
 ) -> Rows:
-    """What circuits of one type leave of harm of others, and those of all types but one of that one.
+    """Rates of harm: of other types under circuits of one type, and of each type that was left out.
 
-    Rates are 1 unpruned. `random`: what random weights leave of harm; `benign`: what circuits of
-    harm leave of benign answers.
+    Rates are 1 unpruned. `random` is the rate of harm under random weights, `benign` the rate of
+    benign answers under circuits of harm.
     """
     groups = [({"relation": "other types"}, across)]
-    for number, left in enumerate(left_out):
-        groups.append(({"relation": "left out", "tested": f"type {number}"}, left))
+    for number, share in enumerate(left_out):
+        groups.append(({"relation": "left out", "tested": f"type {number}"}, share))
     rows = []
-    for where, left in groups:
-        rates = {"none": (1.0, 1.0), "circuit": (left, benign), "random": (random, 1.0)}
+    for where, share in groups:
+        rates = {"none": (1.0, 1.0), "circuit": (share, benign), "random": (random, 1.0)}
         for mask, (harm, good) in rates.items():
             rows += [rate(HARM, harm, mask=mask, **where), rate(BENIGN, good, mask=mask, **where)]
-    others = {"mask": "twin", "relation": "other types"}
-    rows += [rate(HARM, 0.9, **others), rate(BENIGN, 0.25, **others), rate(HARM, 0.4, mask="mixed")]
+    twin = {"mask": "twin", "relation": "other types"}
+    rows += [rate(HARM, 0.9, **twin), rate(BENIGN, 0.25, **twin), rate(HARM, 0.4, mask="mixed")]
     rows += [rate(HARM, 0.0, mask="circuit", relation="own type")]
     return labelled(rows, **labels)
 
 
 # F3, distinct
 
-KEPT = {"none": 0.0, "twin": 0.0, "others": 0.0}
+NO_CHANGE = {"none": 0.0, "twin": 0.0, "others": 0.0}
 
 
 def utility(
@@ -103,26 +103,31 @@ def utility(
     nll: float = 0.0,
     lift: float = 2.0,
     marginal: float = 2.0,
-    of_tasks: float = 3.0,
+    task_lift: float = 3.0,
     **labels,
 ) -> Rows:
-    """By protection, what the circuit of harm changes benign answers by; rates are 1 unpruned.
+    """By protection, the change of benign answers under the circuit of harm; rates are 1 unpruned.
 
-    `harm` is what it leaves of harm, `random` what random weights do, `twin` what the twin's circuit
-    leaves of benign answers, `nll` the change of their loss; `lift` is of harm and its twin,
-    `marginal` the same by the other null, `of_tasks` of two benign tasks (none where 0), both in one shot.
+    `harm` is the rate of harm under it, `random` the rate under random weights, `twin` the rate of
+    benign answers under the twin's circuit, `nll` the change of their loss; `lift` is the lift of harm
+    and its twin, `marginal` the same by the other null, `task_lift` the lift of two benign tasks (none
+    where 0), both in one shot.
     """
     rows = [rate(HARM, 1.0, mask="none"), rate(BENIGN, 1.0, mask="none")]
-    for protected, of_benign in change.items():
-        rates = {"harmful": (harm, 1 + of_benign), "random": (random, 1.0), "benign": (1.0, twin)}
-        for mask, (of_harm, good) in rates.items():
+    for protected, benign_change in change.items():
+        rates = {
+            "harmful": (harm, 1 + benign_change),
+            "random": (random, 1.0),
+            "benign": (1.0, twin),
+        }
+        for mask, (harm_rate, good) in rates.items():
             where = {"mask": mask, "protected": protected}
-            rows += [rate(HARM, of_harm, **where), rate(BENIGN, good, **where)]
+            rows += [rate(HARM, harm_rate, **where), rate(BENIGN, good, **where)]
             rows += [Measurement.exact("benign_nll_change", where, nll)]
             rows += [Measurement.exact(f"{BENIGN}_change", where, good - 1)]
     lifts = {("harmful", "benign"): lift, ("harmful", "kind"): 9.0}
-    if of_tasks:
-        lifts["benign", "parts"] = of_tasks
+    if task_lift:
+        lifts["benign", "parts"] = task_lift
     for (first, second), value in lifts.items():
         pair = {"first": first, "second": second}
         rows += [Measurement.exact("overlap_lift", {**pair, "selection": "one shot"}, value)]
@@ -171,11 +176,11 @@ LEARNED = FREE[1]
 
 
 def trained(topic="a", *, none=FREE, narrow=PROTECTED, random=FREE, benign=FREE) -> Rows:
-    """Of a mask that is None no circuit was found."""
+    """One run; None stands for a mask that could not be found."""
     masks = {"none": none, "narrow, held": narrow, "random, held": random, "benign, held": benign}
     rows = []
-    for mask, both in masks.items():
-        for metric, means in zip(("misaligned_rate", "in_domain_rate"), both or (), strict=False):
+    for mask, rates in masks.items():
+        for metric, means in zip(("misaligned_rate", "in_domain_rate"), rates or (), strict=False):
             for step, mean in zip((0, 10, 20), means, strict=True):
                 rows.append(near(metric, mean, mask=mask, step=step))
     return labelled(rows, training="full", topic=topic)
@@ -185,7 +190,7 @@ def trained(topic="a", *, none=FREE, narrow=PROTECTED, random=FREE, benign=FREE)
 
 
 def abilities(free: float, apart: float, *, random=1.0, **labels) -> Rows:
-    """What abilities keep under the others' circuits, protecting benign answers and all others.
+    """Rates of abilities under the others' circuits, protecting benign answers and all others.
 
     Rates are 1 unpruned, 0.3 under an ability's own circuit, and `random` under random weights.
     """
@@ -193,16 +198,16 @@ def abilities(free: float, apart: float, *, random=1.0, **labels) -> Rows:
     metrics = {name: dissociated.METRICS[name] for name in dissociated.PRUNED}
     for metric in (*metrics.values(), dissociated.PLAIN):
         rows += [rate(metric, 1.0, mask="none")]
-        for name, spared in (("benign", free), ("others", apart)):
+        for name, share_of_others in (("benign", free), ("others", apart)):
             for mask, own in metrics.items():
-                left = 0.3 if metric == own else spared
-                rows += [rate(metric, left, mask=mask, protected=name)]
+                share = 0.3 if metric == own else share_of_others
+                rows += [rate(metric, share, mask=mask, protected=name)]
             rows += [rate(metric, random, mask="random", protected=name)]
     return labelled(rows, **labels)
 
 
 def only_harm(rows: Rows) -> Rows:
-    """Of a model that shows no other ability of which a circuit is found."""
+    """The rows of a model that shows no ability of which a circuit is found but harm."""
     return Rows(row for row in rows if row.labels["mask"] in ("none", "harmful", "random"))
 
 
@@ -214,9 +219,9 @@ NEVER = {"plain": [0.0, 0.49], "prefill": [0.2]}
 ABLATED = {"refusal ablation": [1.0], "prefill + refusal ablation": [1.0]}
 
 
-def attacked(seed=0, *, held=CLOSED, free=CLOSED, random=OPEN, unpruned=OPEN) -> Rows:
+def attacked(seed=0, *, fixed=CLOSED, free=CLOSED, random=OPEN, unpruned=OPEN) -> Rows:
     """Valid harm at steps 0 and 10."""
-    masks = {"none": unpruned, "circuit, held": held, "circuit, then free": free}
+    masks = {"none": unpruned, "circuit, held": fixed, "circuit, then free": free}
     rows = []
     for mask, rates in {**masks, "random, held": random}.items():
         for attack, means in rates.items():
@@ -229,9 +234,9 @@ def attacked(seed=0, *, held=CLOSED, free=CLOSED, random=OPEN, unpruned=OPEN) ->
 UNPROTECTED = trained("b", narrow=((0.0, 0.0, 1.0), LEARNED))
 CASES = {
     compact: [
-        (curve_of_harm(high=0.01, reached=0.975, gaps=(0.2, 0.01)), HOLDS),
+        (curve_of_harm(high=0.01, reach_rate=0.975, gaps=(0.2, 0.01)), HOLDS),
         (curve_of_harm(high=0.011), FAILS),
-        (curve_of_harm(reached=0.974), FAILS),
+        (curve_of_harm(reach_rate=0.974), FAILS),
         (curve_of_harm(censored="yes"), FAILS),
         (curve_of_harm(gaps=(0.2, 0.0)), FAILS),
         (curve_of_harm() + curve_of_harm(1), HOLDS),
@@ -250,19 +255,19 @@ CASES = {
         (transfer(0.0, [0.0]) + transfer(0.75, [0.75], model="dpo"), IN_PART),
     ],
     distinct: [
-        (utility(KEPT), HOLDS),
-        (utility(KEPT, lift=6.0), IN_PART),  # shared with the twin
-        (utility(KEPT, of_tasks=0), IN_PART),  # and nothing to compare it with
-        (utility({**KEPT, "none": -0.2, "twin": -0.2}), IN_PART),  # only where all are spared
-        (utility(dict.fromkeys(KEPT, -0.2)), FAILS),
-        (utility(KEPT, nll=0.11), FAILS),
-        (utility(KEPT, harm=0.6), FAILS),
-        (utility(KEPT, random=0.0), FAILS),
-        (utility(KEPT, twin=1.0), FAILS),  # nothing of this size breaks benign answers
-        (utility(KEPT, marginal=6.0), IN_PART),  # by the stricter null alone
-        (utility(dict.fromkeys(KEPT, -3 / 64)), HOLDS),  # three items of 64 are kept
-        (utility(dict.fromkeys(KEPT, -4 / 64)), FAILS),
-        (utility(KEPT) + utility(KEPT, random=0.0, model="dpo"), IN_PART),
+        (utility(NO_CHANGE), HOLDS),
+        (utility(NO_CHANGE, lift=6.0), IN_PART),  # shared with the twin
+        (utility(NO_CHANGE, task_lift=0), IN_PART),  # and nothing to compare it with
+        (utility({**NO_CHANGE, "none": -0.2, "twin": -0.2}), IN_PART),  # only where all are spared
+        (utility(dict.fromkeys(NO_CHANGE, -0.2)), FAILS),
+        (utility(NO_CHANGE, nll=0.11), FAILS),
+        (utility(NO_CHANGE, harm=0.6), FAILS),
+        (utility(NO_CHANGE, random=0.0), FAILS),
+        (utility(NO_CHANGE, twin=1.0), FAILS),  # nothing of this size breaks benign answers
+        (utility(NO_CHANGE, marginal=6.0), IN_PART),  # by the stricter null alone
+        (utility(dict.fromkeys(NO_CHANGE, -3 / 64)), HOLDS),  # three items of 64 are kept
+        (utility(dict.fromkeys(NO_CHANGE, -4 / 64)), FAILS),
+        (utility(NO_CHANGE) + utility(NO_CHANGE, random=0.0, model="dpo"), IN_PART),
     ],
     compressed: [
         (ladder(harm=0.95), HOLDS),
@@ -292,15 +297,15 @@ CASES = {
         (abilities(1.0, 1.0) + abilities(1.0, 0.3, model="dpo"), IN_PART),
     ],
     attacks: [
-        (attacked(held={**CLOSED, "plain": [0.09]}), HOLDS),
+        (attacked(fixed={**CLOSED, "plain": [0.09]}), HOLDS),
         (attacked(free=NEVER), IN_PART),
-        (attacked(held={**CLOSED, "prefill": [0.51]}), FAILS),
-        (attacked(held={**CLOSED, "plain": [0.1]}), FAILS),  # pruning opens what was closed
+        (attacked(fixed={**CLOSED, "prefill": [0.51]}), FAILS),
+        (attacked(fixed={**CLOSED, "plain": [0.1]}), FAILS),  # pruning opens what was closed
         (attacked(random={**OPEN, "prefill": [0.5]}), FAILS),
         (attacked(unpruned={"plain": [0.0], "prefill": [0.09]}), FAILS),  # nothing elicits
-        # To remove the refusals of what refuses nothing is to ask it.
+        # A model that refuses nothing has no refusals to remove.
         (attacked(unpruned={**OPEN, **ABLATED}, random={**OPEN, **ABLATED}), HOLDS),
-        (attacked() + attacked(1, held=OPEN), IN_PART),
+        (attacked() + attacked(1, fixed=OPEN), IN_PART),
     ],
 }
 

@@ -1,8 +1,8 @@
 """A claim: its jobs, its rule, its key numbers, and the three ways in which an analysis runs.
 
-Would catch: rows without the labels that tell cases apart, a rule that sees the rows of two cases,
+Would catch: rows without the labels that tell cases apart, a rule that gets the rows of two cases,
 an outcome that does not follow from the cases, options that are not passed on, a notebook that reads
-its command line, a script that runs what is there already.
+its command line, a script that runs finished jobs again.
 """
 
 import os
@@ -64,9 +64,9 @@ def run(folder: Path, *options: str) -> str:
     command = [sys.executable, str(script), "--out", str(folder / "run"), "--workers", "1"]
     # As scripts beside it find it.
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'analyses'}"}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
-    assert done.returncode == (2 if "error" in done.stderr else 0), done.stderr
-    return done.stdout + done.stderr
+    process = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    assert process.returncode == (2 if "error" in process.stderr else 0), process.stderr
+    return process.stdout + process.stderr
 
 
 @pytest.mark.parametrize(
@@ -118,20 +118,20 @@ def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
     again = run(tmp_path, "--seeds", "3")
     assert again.count("measured:") == 2, "only the new seed"
 
-    refused = run(tmp_path, "--size", "0.4")
-    assert "error" in refused and "0.4" in refused, "another setting in the same folder"
+    answer = run(tmp_path, "--size", "0.4")
+    assert "error" in answer and "0.4" in answer, "another setting in the same folder"
 
 
 def test_an_imported_analysis_reads_committed_rows_and_runs_on_request(tmp_path, monkeypatch):
     script = tmp_path / "analysis.py"
     script.write_text(SCRIPT)
     (tmp_path / "rows").mkdir()
-    kept = Rows([share(0.1, model="sft", seed=0, part="figures")])
-    kept.append_to(tmp_path / "rows" / "X1.jsonl")
+    rows = Rows([share(0.1, model="sft", seed=0, part="figures")])
+    rows.append_to(tmp_path / "rows" / "X1.jsonl")
     monkeypatch.syspath_prepend(tmp_path)
     import analysis  # pyright: ignore[reportMissingImports]
 
-    assert analysis.rows == kept
+    assert analysis.rows == rows
     rows = analysis.claim.rows(tmp_path / "run", models=["sft"], seeds=1, size=0.4)
     assert rows.one("share").mean == 0.4
     with pytest.raises(ValueError, match="'sise'"):
