@@ -183,8 +183,9 @@ def read_tensors(
         raise ValueError(
             f"{path}: no {noun} of harmcircuits (format {header.get(FORMAT)!r}, not {format!r})"
         )
-    if header.pop(DIGEST, "none") != _digest(header, tensors):
-        raise ValueError(f"{path}: damaged, its digest does not match; create it again")
+    digest = header.pop(DIGEST, "none")
+    if digest != _digest(header, tensors):
+        raise ValueError(f"{path}: damaged, its digest ({digest}) does not match; create it again")
     return tensors, header
 
 

@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
     """A folder to work in, with files that are wrong in one way each."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "harmful.csv").write_text("prompt\nglorp the wug\n")
-    (tmp_path / "benign.csv").write_text("request\npaint the wug\n")
+    (tmp_path / "benign.csv").write_text("prompt\npaint the wug\n")
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "rows.jsonl").write_text("")
     (tmp_path / "finished" / "manifest.json").write_text("{}")

@@ -19,6 +19,7 @@ from harmcircuits.measurements import (
     Labels,
     Measurement,
     Rows,
+    interval_of_draws,
     step_of_means,
 )
 
@@ -95,12 +96,11 @@ class Estimate:
         draws, mean, n = self.values[1:], float(self.values[0]), self.n_items
         if self.bounds is None:
             # "inverted_cdf" gives the value of a resample, so an end is a measured share.
-            options = {"mean": mean, "n": n, "method": "inverted_cdf"}
-            return Measurement.from_draws(metric, labels, draws, **options)
-        options = {"mean": mean, "n": n, "n_groups": n, "step": self.step}
-        row = Measurement.from_draws(metric, labels, draws, **options)
+            interval = interval_of_draws(draws, mean, method="inverted_cdf")
+            return Measurement(metric, labels, mean, *interval, n)
+        low, high = interval_of_draws(draws, mean, n_groups=n, step=self.step)
         lowest, highest = self.bounds
-        return replace(row, low=max(lowest, row.low), high=min(highest, row.high))
+        return Measurement(metric, labels, mean, max(lowest, low), min(highest, high), n)
 
     def rows(self, metric: str, labels: Labels) -> Rows:
         """`row`, labelled `censored` where the figure is only bounded; and `METRIC_reached`."""

@@ -289,8 +289,10 @@ def test_questions_are_where_their_requests_are_and_the_counter_looks_at_these()
     assert not repeat_rows(behaviours).where(IN_TWO_SPLITS)
 
     # Questions that ask about what is scored elsewhere are counted by their requests.
-    about = recognition.prompts.about
-    leaking_prompts = replace(recognition.prompts, about={**about, "heldout": about["calibration"]})
+    about = recognition.prompts.subjects
+    leaking_prompts = replace(
+        recognition.prompts, subjects={**about, "heldout": about["calibration"]}
+    )
     leaking = {**behaviours, "recognition": replace(recognition, prompts=leaking_prompts)}
     rows = repeat_rows(leaking).where(IN_TWO_SPLITS, behaviour="harmful", measured="recognition")
     assert rows[0].mean == len(about["calibration"]) / 2

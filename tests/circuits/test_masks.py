@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from harmcircuits.circuits.masks import N_BINS, WeightMask, random_like, top_fraction, union
+from harmcircuits.circuits.masks import (
+    N_MAGNITUDE_BINS,
+    WeightMask,
+    random_like,
+    top_fraction,
+    union,
+)
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.organisms.shipped import FOLDER
@@ -187,17 +193,17 @@ def test_random_masks_of_like_magnitude_have_as_many_in_each_bin():
     index = torch.cat([index, magnitude.topk(200).indices]).unique()  # many of one bin
     mask = WeightMask({"w": index}, {"w": (100, 200)}, Source("m", "x"))
     random = random_like(mask, seed=1, weights={"w": weight})
-    rank = magnitude.argsort(stable=True).argsort() * N_BINS // magnitude.numel()
+    rank = magnitude.argsort(stable=True).argsort() * N_MAGNITUDE_BINS // magnitude.numel()
 
     def in_bins(mask):
-        return rank[mask.removed["w"]].bincount(minlength=N_BINS)
+        return rank[mask.removed["w"]].bincount(minlength=N_MAGNITUDE_BINS)
 
     assert torch.equal(in_bins(random), in_bins(mask))
     assert random != mask and random == random_like(mask, seed=1, weights={"w": weight})
     times = torch.zeros(weight.numel())
     for seed in range(60):
         times[random_like(mask, seed=seed, weights={"w": weight}).removed["w"]] += 1
-    last_bin = times[rank == N_BINS - 1]
+    last_bin = times[rank == N_MAGNITUDE_BINS - 1]
     expected = 60 * int(in_bins(mask)[-1]) / len(last_bin)
     assert last_bin.mean() == pytest.approx(expected) and last_bin.std() < 2 * expected**0.5
 
