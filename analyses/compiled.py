@@ -47,7 +47,6 @@ import tyro
 from support.compiled import VERSIONS, Truth, mask_of, truth_of, units, version_of
 from support.compiled_tables import (
     found_table,
-    last_pass_table,
     left_table,
     overlap_table,
     score_table,
@@ -83,7 +82,6 @@ TABLES: Tables = {
     "found": found_table,
     "left": left_table,
     "overlaps": overlap_table,
-    "last pass": last_pass_table,
 }
 
 # %% [markdown]

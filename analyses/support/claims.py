@@ -28,7 +28,7 @@ import tyro
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
-from support.jobs import CPU, DONE, Job, run_jobs
+from support.jobs import CPU_SECONDS, JOB_SECONDS, Job, run_jobs
 from support.models import ModelSpec, RunOptions
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
@@ -416,4 +416,4 @@ def _title(values: tuple[str, ...]) -> str:
 
 
 def _without_times(rows: Rows) -> Rows:
-    return Rows(row for row in rows if row.metric not in (DONE, CPU))
+    return Rows(row for row in rows if row.metric not in (JOB_SECONDS, CPU_SECONDS))

@@ -11,7 +11,6 @@ from harmcircuits.measurements import Rows
 RATES = ("harm_valid_rate", "benign_valid_rate", "recognition_accuracy")
 NAMES = ("organism", "version")
 NOT_MEASURED = "–"
-STAGES = ("before", "grown", "after")  # of a last pass
 
 
 def single_masks(rows: Rows) -> Rows:
@@ -147,24 +146,3 @@ def coverage(estimates: Rows, truths: Rows) -> str:
     for estimate, truth in zip(estimates, truths, strict=True):
         n_holding += estimate.low <= truth.mean <= estimate.high
     return f"{n_holding} of {len(estimates)}"
-
-
-def last_pass_table(rows: Rows) -> pd.DataFrame:
-    """The changes by a last pass, which is gone, and its cost."""
-    titles = {
-        "weights_removed": ("weights", ".0f"),
-        "recall": ("recall", ".2f"),
-        "harm_valid_rate": ("harm left", ".2f"),
-        "benign_valid_rate": ("benign left", ".2f"),
-    }
-    lines = []
-    for passes in rows.where("n_passes"):
-        where = dict(passes.labels)
-        line = {"organism": where["organism"], "version": where.get("version", "")}
-        line["from"] = where["method"]
-        for metric, (title, form) in titles.items():
-            stages = [rows.where(metric, stage=stage, **where) for stage in STAGES]
-            line[title] = ", ".join(f"{row.mean:{form}}" for stage in stages for row in stage)
-        line["passes"] = f"{passes.mean:.0f}"
-        lines.append(line)
-    return pd.DataFrame(lines)

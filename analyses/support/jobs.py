@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from harmcircuits.measurements import Label, Labels, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json
 
-DONE = "job_seconds"  # the metric of a job's last row: the job is finished
-CPU = "job_cpu_seconds"
+JOB_SECONDS = "job_seconds"  # the metric of a job's last row: the job is finished
+CPU_SECONDS = "job_cpu_seconds"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run_jobs(
         )
     out = Path(out)
     rows = _rows_in(out, settings)
-    unfinished = [job for job in jobs if not rows.where(DONE, **job.labels)]
+    unfinished = [job for job in jobs if not rows.where(JOB_SECONDS, **job.labels)]
 
     results = _in_turn(unfinished) if workers == 1 else _in_processes(unfinished, workers)
     for job_rows in tqdm(results, name, total=len(unfinished), leave=False):
@@ -126,6 +126,6 @@ def _timed(job: Job) -> Rows:
     rows = Rows(job.run())
     cpu_seconds = round(time.process_time() - cpu_start, 1)
     seconds = round(time.monotonic() - start, 1)
-    rows += [Measurement.exact(CPU, job.labels, cpu_seconds)]
-    rows += [Measurement.exact(DONE, job.labels, seconds)]
+    rows += [Measurement.exact(CPU_SECONDS, job.labels, cpu_seconds)]
+    rows += [Measurement.exact(JOB_SECONDS, job.labels, seconds)]
     return rows

@@ -42,12 +42,12 @@ class ModelSpec:
             model = open_model(self.model, device=self.device, **self.own.arguments)
         sparse = []
         for behaviour in model.behaviours.values():
-            prompts = partial(every_so_many, behaviour, self.every)
+            prompts = partial(every_nth, behaviour, self.every)
             sparse.append(replace(behaviour, prompts=prompts))
         return model.with_behaviours(*sparse)
 
 
-def every_so_many(behaviour: Behaviour, every: int, split: str) -> PromptSet:
+def every_nth(behaviour: Behaviour, every: int, split: str) -> PromptSet:
     """Every n-th request, or pair of requests, of a behaviour."""
     # At the top of the module, because behaviours are pickled for other processes.
     step = 2 if behaviour.choices else 1  # rows 2k and 2k + 1 are a pair

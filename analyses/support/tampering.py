@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from scipy.stats import norm
-from support.models import ModelSpec, every_so_many
+from support.models import ModelSpec, every_nth
 from torch import Tensor
 
 from harmcircuits.batches import Batch, tokenize
@@ -133,7 +133,7 @@ def few_requests(model: Model, every: int) -> Model:
     plain = replace(harm, name="plain", prefill="", metrics=metrics, measures={})
     behaviours = {}
     for behaviour in (harm, plain, model.behaviour("benign")):
-        prompts = partial(every_so_many, behaviour, every)
+        prompts = partial(every_nth, behaviour, every)
         behaviours[behaviour.name] = replace(behaviour, prompts=prompts)
     return replace(model, behaviours=behaviours)
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas
-from support.jobs import CPU, DONE
+from support.jobs import CPU_SECONDS, JOB_SECONDS
 
 from harmcircuits.measurements import Rows
 
@@ -18,7 +18,7 @@ Blocks = dict[str, Callable[[], str | pandas.DataFrame]]
 def committed(name: str) -> Rows:
     """The committed rows of an analysis, without the times of its jobs."""
     rows = Rows.read(ROOT / "analyses" / "rows" / f"{name}.jsonl")
-    return Rows(row for row in rows if row.metric not in (DONE, CPU))
+    return Rows(row for row in rows if row.metric not in (JOB_SECONDS, CPU_SECONDS))
 
 
 def markdown(table: pandas.DataFrame) -> str:

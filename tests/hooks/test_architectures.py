@@ -7,14 +7,13 @@ that promises an architecture that no test covers, a refusal that no longer happ
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import ARCHITECTURES, COARSE, opener, random_batch
-from support.markdown import markdown_table
 
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.search.attribution import wanda_scores
@@ -129,6 +128,14 @@ def table(open_: Callable) -> str:
     return TEXT.format(
         exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], refusals)
     )
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = []
+    for cells in (head, ["---"] * len(head), *body):
+        escaped = [str(cell).replace("|", "\\|") for cell in cells]
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(lines)
 
 
 def test_the_table_is_up_to_date(open_model):

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from joblib import parallel_config
-from support.jobs import DONE, Job, run_jobs
+from support.jobs import JOB_SECONDS, Job, run_jobs
 
 from harmcircuits.measurements import Measurement, Rows
 
@@ -35,7 +35,7 @@ def test_every_job_runs_once_and_a_failed_one_is_not_done(tmp_path, workers):
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="thirteen"):
         run_jobs(out, jobs(tmp_path, [2, 13]), {"a": 1}, workers=workers)
-    assert not Rows.read(out / "rows.jsonl").where(DONE, number=13)
+    assert not Rows.read(out / "rows.jsonl").where(JOB_SECONDS, number=13)
 
     rows = run_jobs(out, jobs(tmp_path, [2, 3, 4]), {"a": 1}, workers=workers)
     squares = {row.labels["number"]: row.mean for row in rows.where("square")}
