@@ -4,7 +4,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
 # The digest in masks and scores is of bfloat16 values, so it is the same for a model in any dtype.
 PROVENANCE_DTYPE = torch.bfloat16
+VALUES_PER_TRANSFER = 2**24  # of a digest
 
 
 def weight_sites(bridge: AnyModel) -> dict[str, Site]:
@@ -120,32 +121,53 @@ def model_fingerprint(bridge: Bridge) -> str:
     """Sixteen hex digits that tell checkpoints apart and do not change under a mask."""
     # Matrices by name and shape; embeddings and norms by name and up to 1024 of their values,
     # rounded to bfloat16.
-    digest = hashlib.sha256()
+    entries = []
     # The bridge's state dict leaves out stacked experts.
     tensors = dict(bridge.state_dict(keep_vars=True)) | _matrices(bridge)
     for name, tensor in tensors.items():
         if MATRIX_NAME.fullmatch(name):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            entries.append((f"{name}{tuple(tensor.shape)}", tensor.detach().flatten()[:0]))
         elif isinstance(tensor, nn.Parameter) and name.endswith("weight"):
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // 1024)
-            digest.update(name.encode())
-            digest.update(tensor_bytes(flat[::step][:1024].to(torch.bfloat16)))
+            entries.append((name, flat[::step][:1024]))
+    digest = hashlib.sha256()
+    _update(digest, entries, torch.bfloat16)
     return digest.hexdigest()[:16]
 
 
 def weights_digest(bridge: Bridge, dtype: torch.dtype | None = None) -> str:
     """Sixteen hex digits of all weights in their current state, or as converted to a dtype."""
-    digest = hashlib.sha256(model_fingerprint(bridge).encode())
+    entries = []
     addresses = set()
     for name, parameter in bridge.named_parameters():
         if parameter.is_meta or parameter.data_ptr() in addresses:  # tied embeddings
             continue
         addresses.add(parameter.data_ptr())
-        weight = parameter.detach().to(dtype or parameter.dtype)
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(tensor_bytes(weight))
+        title = f"{name} {dtype or parameter.dtype} {tuple(parameter.shape)}"
+        entries.append((title, parameter.detach().flatten()))
+    digest = hashlib.sha256(model_fingerprint(bridge).encode())
+    _update(digest, entries, dtype)
     return digest.hexdigest()[:16]
+
+
+def _update(
+    digest: Any,
+    entries: Sequence[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+) -> None:
+    """Add titles and values to a digest; all that fit in one transfer go to the host together."""
+    ends = accumulate(tensor.numel() for _, tensor in entries)
+    transfers = groupby(
+        zip(entries, ends, strict=True),
+        key=lambda pair: pair[1] // VALUES_PER_TRANSFER,
+    )
+    for _, transfer in transfers:
+        group = [entry for entry, _ in transfer]
+        values = on_host([tensor.to(dtype or tensor.dtype) for _, tensor in group])
+        for (title, _), tensor in zip(group, values, strict=True):
+            digest.update(title.encode())
+            digest.update(tensor_bytes(tensor))
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

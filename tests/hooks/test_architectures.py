@@ -26,7 +26,7 @@ of date.
 
 On a small random model of each class every score (`wanda_scores` not of mixtures of experts) equals plain
 autograd, an example at a time, within 1e-4 relative error of each matrix in float32
-(`tests/hooks/test_attribution.py`). Exported and reloaded, a masked model gives the masked bridge's logits: bit
+(`tests/search/test_attribution.py`). Exported and reloaded, a masked model gives the masked bridge's logits: bit
 for bit through TransformerLens, within 16 roundings of the largest logit through transformers
 (`tests/test_export.py`).
 
