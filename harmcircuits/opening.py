@@ -218,9 +218,9 @@ def _details(
 ) -> dict[str, Label]:
     """Requests and settings, for the manifest of a run."""
     details: dict[str, Label] = {}
-    for name, source in files.sources.items():
-        prompts = files.requests.get(name)
-        details[name] = f"{source} ({prompts.digest})" if prompts else source
+    details |= files.sources
+    for name, prompts in files.requests.items():
+        details[name] = f"{files.sources[name]} ({prompts.digest})"
     for behaviour in behaviours:
         digests = [behaviour.prompts(split).digest for split in SPLITS]
         details[f"behaviour {behaviour.name}"] = ", ".join(digests)

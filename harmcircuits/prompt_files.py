@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,8 @@ def request_table(
 ) -> RequestTable:
     """The requests of rows, each a text or an object with columns; repeated rows once."""
     table = [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
-    names: dict[str, None] = {}
-    for row in table:
-        names |= dict.fromkeys(row)
-    file_format, sources = _sources(origin, list(names), columns or {})
+    names = list(dict.fromkeys(chain.from_iterable(table)))
+    file_format, sources = _sources(origin, names, columns or {})
     separator = SEPARATORS.get(file_format, "\n\n")
 
     notes: Counter[str] = Counter()
@@ -84,23 +83,40 @@ def request_table(
             raise ValueError(f"{origin}, row {number}: {error}") from None
         texts.setdefault(tuple(fields.items()), fields)
 
-    parts = []
-    for name, source in sources.items():
-        parts.append(name if source == (name,) else f"{name} from {' + '.join(source)}")
-    prefix = f"{file_format}: " if file_format else ""
     n_left_out = len(table) - len(texts)
-    shape = f"{origin}: {prefix}{', '.join(parts)}; {plural(len(texts), 'request')}"
-    if n_left_out:
-        shape += f"; {n_left_out:,} that repeat another left out"
-    for note, count in notes.items():
-        shape += f"; {count:,} {note}"
-    return RequestTable(list(texts.values()), shape, n_left_out)
+    counts = {"that repeat another left out": n_left_out, **notes}
+    shape = [f"{origin}: {_origins(file_format, sources)}", plural(len(texts), "request")]
+    shape += [f"{count:,} {note}" for note, count in counts.items() if count]
+    return RequestTable(list(texts.values()), "; ".join(shape), n_left_out)
+
+
+def _origins(file_format: str, sources: Mapping[str, tuple[str, ...]]) -> str:
+    """The format, and the columns of each field, for people."""
+    fields = []
+    for name, source in sources.items():
+        fields.append(name if source == (name,) else f"{name} from {' + '.join(source)}")
+    prefix = f"{file_format}: " if file_format else ""
+    return prefix + ", ".join(fields)
 
 
 def _sources(
     origin: str, names: list[str], columns: Mapping[str, str]
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """The format of a file with columns of these names, and the columns of each field."""
+    _refuse_unknown(origin, names, columns)
+    file_format = _format(origin, names, columns)
+    # A column that the caller names comes first, then one of the field's own name.
+    sources = dict(FORMATS[file_format])
+    sources |= {name: (name,) for name in names}
+    sources |= {field: (column,) for field, column in columns.items()}
+    present = {}
+    for field in COLUMNS:
+        if field in sources:
+            present[field] = tuple(name for name in sources[field] if name in names)
+    return file_format, present
+
+
+def _refuse_unknown(origin: str, names: list[str], columns: Mapping[str, str]) -> None:
     for field, column in columns.items():
         if field not in COLUMNS or column not in names:
             raise ValueError(
@@ -108,29 +124,20 @@ def _sources(
                 f"and a column of the file ({nearest(column, names)})"
             )
 
-    formats = [""] if "prompt" in columns else []
-    for file_format, sources in FORMATS.items():
-        needed = set().union(*sources.values()) - OPTIONAL
-        if needed <= set(names):
-            formats.append(file_format)
-    if not formats:
-        raise ValueError(
-            f"{origin}: which column holds the requests? It has "
-            f"{listed(names, limit=20) or 'no rows'}; name the column by "
-            "columns={'prompt': 'NAME'}"
-        )
 
-    sources = dict(FORMATS[formats[0]])
-    for field in COLUMNS:
-        if field in columns:
-            sources[field] = (columns[field],)
-        elif field in names:
-            sources[field] = (field,)
-    present = {}
-    for field in COLUMNS:
-        if field in sources:
-            present[field] = tuple(name for name in sources[field] if name in names)
-    return formats[0], present
+def _format(origin: str, names: list[str], columns: Mapping[str, str]) -> str:
+    """The first format whose columns are all there; none where the caller names the prompts."""
+    if "prompt" in columns:
+        return ""
+    for file_format, sources in FORMATS.items():
+        needed = set(chain.from_iterable(sources.values())) - OPTIONAL
+        if needed <= set(names):
+            return file_format
+    raise ValueError(
+        f"{origin}: which column holds the requests? It has "
+        f"{listed(names, limit=20) or 'no rows'}; name the column by "
+        "columns={'prompt': 'NAME'}"
+    )
 
 
 def _fields(

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,8 @@ def _answers(
     """The answer to each of these requests, or its samples."""
     draws = sampling or Sampling()
     rows = []
-    for request in requests:
-        for number in range(draws.samples):
-            rows.append((request, f"{draws.seed} {number} {request.prompt}"))
+    for request, number in product(requests, range(draws.samples)):
+        rows.append((request, f"{draws.seed} {number} {request.prompt}"))
 
     answers: dict[_Request, list[Answer]] = {request: [] for request in requests}
     for start in range(0, len(rows), batch_size):
@@ -132,11 +131,14 @@ def _answers(
         names = [f"generate: request {request.number}" for request in batch]
         continued = continuations(bridge, contexts, names, steps, max_new_tokens)
         for request, tokens in zip(batch, continued, strict=True):
-            # Decoded with the prefill, because the space between them may belong to a token.
-            answer = (*opening_ids(request.prefill, bridge.tokenizer), *tokens)
-            text = bridge.tokenizer.decode(answer, skip_special_tokens=True)
-            answers[request].append(Answer(text.strip(), answer))
+            answers[request].append(_answer(bridge.tokenizer, request.prefill, tokens))
     return answers
+
+
+def _answer(tokenizer: Any, prefill: str, tokens: Sequence[int]) -> Answer:
+    # Decoded with the prefill, because the space between them may belong to a token.
+    ids = (*opening_ids(prefill, tokenizer), *tokens)
+    return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids)
 
 
 # Answers on disk

@@ -334,7 +334,8 @@ def _pairs_of_file(
 ) -> dict[str, Sequence[Pair]]:
     """The pairs of a file, in the split of a request that they share with the other files.
 
-    Other pairs are drawn by their harmful request. Pairs with a request in common stay together.
+    Other pairs are drawn by their harmful request. Pairs with a request in common stay together,
+    and a pair whose requests are in two splits is left out.
     """
     split_of = {}
     for splits in (benign, harmful):
@@ -343,19 +344,31 @@ def _pairs_of_file(
 
     origin = files.sources["pairs"]
     pairs = request_pairs(files.requests["pairs"], origin)
-    keys = [(bad.cluster, plain_text(bad.prompt), plain_text(good.prompt)) for bad, good in pairs]
-    by_prompt, placement = {}, {}
-    for (unsafe, safe), (_, *texts), cluster in zip(
-        pairs, keys, joined_clusters(keys), strict=True
-    ):
-        if unsafe.cluster != cluster:
-            unsafe = replace(unsafe, group=cluster)
-        by_prompt[unsafe.prompt] = (unsafe, safe)
-        placement[cluster] = next((split_of[text] for text in texts if text in split_of), "")
-
+    pairs, placement = _pairs_in_one_split(pairs, split_of)
+    by_prompt = {unsafe.prompt: (unsafe, safe) for unsafe, safe in pairs}
     requests = PromptSet(tuple(unsafe for unsafe, _ in by_prompt.values()))
     splits = Splits.of(requests, limits=files.limits, origin=origin, placement=placement)
     by_split = {}
     for split, requests in splits.sets.items():
         by_split[split] = [by_prompt[example.prompt] for example in requests]
     return by_split
+
+
+def _pairs_in_one_split(
+    pairs: Sequence[Pair], split_of: Mapping[str, str]
+) -> tuple[list[Pair], dict[str, str]]:
+    """The pairs by cluster, without those in two splits, and the split of each cluster."""
+    keys = [(bad.cluster, plain_text(bad.prompt), plain_text(good.prompt)) for bad, good in pairs]
+    clusters = joined_clusters(keys)
+    placement: dict[str, str] = {}
+    for cluster, (_, *texts) in zip(clusters, keys, strict=True):
+        for text in filter(split_of.get, texts):
+            placement.setdefault(cluster, split_of[text])
+
+    members = []
+    for (unsafe, safe), cluster, (_, *texts) in zip(pairs, clusters, keys, strict=True):
+        splits = {split_of[text] for text in filter(split_of.get, texts)}
+        if splits <= {placement.get(cluster)}:
+            group = unsafe.group if unsafe.cluster == cluster else cluster
+            members.append((replace(unsafe, group=group), safe))
+    return members, placement

@@ -171,13 +171,15 @@ def _points(
         )
     whole = [{"position": position} for position in (*positions, "all")]
     heads = [{"head": head, "position": "all"} for head in range(bridge.cfg.n_heads)]
+    places = dict.fromkeys(components, whole)
+    if "head" in components:
+        places["head"] = heads
     points = []
     for layer in layers:
         for component, title, hook in _hooks(bridge, layer):
-            if component in components:
-                labels = {"component": component, "layer": title}
-                places = heads if component == "head" else whole
-                points += [PatchPoint(hook, {**labels, **place}) for place in places]
+            for place in places.get(component, []):
+                labels = {"component": component, "layer": title, **place}
+                points.append(PatchPoint(hook, labels))
     return points
 
 

@@ -303,3 +303,44 @@ def test_requests_without_a_partner_are_left_out_with_a_warning():
     examples = [Example(f"q{n}", category="a", label=side) for n, side in enumerate(sides)]
     with pytest.warns(UserWarning, match="2 requests without a partner"):
         assert len(request_pairs(PromptSet(tuple(examples)))) == 1
+
+
+def test_a_second_pair_of_a_group_changes_no_split():
+    harmful = PromptSet(tuple(Example(f"harm {n}", group=f"g{n}") for n in range(40)))
+    heldout = PromptSet(tuple(Example(f"late harm {n}", group=f"h{n}") for n in range(20)))
+    rows = []
+    for example in (*harmful, *heldout):
+        for prefix in ("", "another "):  # the second pair is in no other file
+            for label in ("unsafe", "safe"):
+                prompt = f"{prefix}{'' if label == 'unsafe' else 'safe '}{example.prompt}"
+                rows.append(Example(prompt, group=example.group, label=label))
+    benign = requests("mend")
+    files = RequestFiles(harmful, PromptSet.read(benign), heldout, pairs=PromptSet(tuple(rows)))
+    behaviours, _ = request_behaviours(files, prefill="")
+    subjects = behaviours["recognition"].prompts.subjects
+    for split in SPLITS:
+        shared = {request.prompt for request in behaviours["harmful"].prompts(split)}
+        assert shared < {request.prompt for request in subjects[split]}
+    assert not leak_texts(repeat_rows(behaviours))
+
+
+def test_a_pair_of_two_splits_is_left_out():
+    """The harmful request of each pair is held out, and the harmless one is in calibration."""
+    names = {"harmful": "break", "benign": "mend"}
+    behaviours, _ = request_behaviours(
+        RequestFiles(**{name: PromptSet.read(requests(verb)) for name, verb in names.items()}),
+        prefill="",
+    )
+    late = behaviours["harmful"].prompts("heldout").examples[:5]
+    early = behaviours["benign"].prompts("calibration").examples[:5]
+    rows = labelled_pairs()
+    for n, (unsafe, safe) in enumerate(zip(late, early, strict=True)):
+        rows.append({"prompt": unsafe.prompt, "group": f"two{n}", "label": "unsafe"})
+        rows.append({"prompt": safe.prompt, "group": f"two{n}", "label": "safe"})
+    sources = {name: PromptSet.read(requests(verb)) for name, verb in names.items()}
+    files = RequestFiles(**sources, pairs=PromptSet.read(rows))
+    behaviours, _ = request_behaviours(files, prefill="")
+    assert not leak_texts(repeat_rows(behaviours))
+    subjects = behaviours["recognition"].prompts.subjects
+    n_pairs = sum(len(subjects[split]) for split in SPLITS) / 2
+    assert n_pairs == 40
