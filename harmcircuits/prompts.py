@@ -229,8 +229,8 @@ class PromptSet:
         """
         n_heldout = len(heldout or ())
         examples = PromptSet((*(heldout or ()), *self.examples)).joined()
-        measured = examples[:n_heldout]
-        clusters = {example.cluster for example in measured}
+        heldout_examples = examples[:n_heldout]
+        clusters = {example.cluster for example in heldout_examples}
         requests = examples[n_heldout:].where(lambda example: example.cluster not in clusters)
 
         shares = SHARES if heldout is None else SHARES_WITHOUT_HELDOUT
@@ -240,7 +240,7 @@ class PromptSet:
             members.setdefault(split, []).append(example)
         sets = {split: PromptSet(tuple(examples)) for split, examples in members.items()}
         if heldout is not None:
-            sets["heldout"] = measured
+            sets["heldout"] = heldout_examples
 
         for split, prompts in sets.items():
             if not len(prompts):

@@ -43,8 +43,12 @@ class Splits:
         placement: Mapping[str, str] = MappingProxyType({}),
     ) -> "Splits":
         """Each request once, by the hash of its group (see `PromptSet.splits`)."""
-        measured = None if heldout is None else _distinct(heldout)
-        sets = _distinct(source).splits(measured, limits=limits, origin=origin, placement=placement)
+        sets = _distinct(source).splits(
+            None if heldout is None else _distinct(heldout),
+            limits=limits,
+            origin=origin,
+            placement=placement,
+        )
         return cls(sets, source, heldout)
 
     def __call__(self, split: str) -> PromptSet:

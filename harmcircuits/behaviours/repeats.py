@@ -46,8 +46,8 @@ def _repeats(source: PromptSet, heldout: PromptSet | None) -> dict[str, int]:
     }
     if heldout is not None:
         # They are in the file of held-out requests too, and only held out.
-        measured = plain_texts([heldout])
-        counts["held out"] = sum(plain_text(text) in measured for text in texts)
+        heldout_texts = plain_texts([heldout])
+        counts["held out"] = sum(plain_text(text) in heldout_texts for text in texts)
     return counts
 
 

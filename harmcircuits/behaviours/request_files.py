@@ -126,8 +126,8 @@ class RequestFiles:
     @property
     def limits(self) -> dict[str, int]:
         """The largest number of requests by split; 0 for all."""
-        measured = self.limit_measured or self.limit
-        return {"calibration": self.limit, "choice": measured, "heldout": measured}
+        limit = self.limit_measured or self.limit
+        return {"calibration": self.limit, "choice": limit, "heldout": limit}
 
     @cached_property
     def requests(self) -> dict[str, PromptSet]:

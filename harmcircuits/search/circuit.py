@@ -310,7 +310,7 @@ def _refuse_settings(shares: Sequence[float], n_weights: int, steps: int, prefer
 def set_difference(
     bridge: AnyModel,
     target: Sequence[Batch],
-    spared: Sequence[Sequence[Batch]],
+    protect: Sequence[Sequence[Batch]],
     *,
     q: float,
     p: float,
@@ -331,7 +331,7 @@ def set_difference(
     Args:
         bridge: the model.
         target: batches of the behaviour to remove.
-        spared: the retain sets, batches of each behaviour to keep.
+        protect: the retain sets: batches of each behaviour to keep.
         q: share of the weights that the target's ranking gives.
         p: share of the weights that each retain set keeps.
         signed: score the target by `removal_effect`; False: by `snip_scores`.
@@ -347,7 +347,7 @@ def set_difference(
     scores = score(bridge, target, objective, max_memory=max_memory)
     mask = top_fraction(scores, q, within=within)
     del scores
-    for batches in spared:
+    for batches in protect:
         needed = snip_scores(bridge, batches, completion_loss, max_memory=max_memory)
         mask = mask - top_fraction(needed, p, within=within)
     return mask

@@ -19,7 +19,7 @@ from harmcircuits.search.texts import BUDGET_SHARE, Protection, TextGroup
 SEED = 0  # of the texts that steps draw
 CANDIDATES = 20  # times as many as the largest mask removes
 TRIES = 12  # to keep all budgets
-FEWER = 0.95  # of the weights, in the next try
+SIZE_DECAY = 0.95  # of the number of weights, from one try to the next
 TRACE_INTERVAL = 10  # steps
 
 FreshAnswers = Callable[[], Sequence[Batch]]
@@ -136,7 +136,7 @@ class Search:
             mask = self.gates.largest(n)
             if self._keeps_budgets(mask, size):
                 return mask
-            n = int(FEWER * n)
+            n = int(SIZE_DECAY * n)
             self._learn(self.schedule.further(n))
 
         # Further steps do not help: half as many weights again and again, at worst none.

@@ -59,12 +59,12 @@ class Study:
     rows: Rows = field(default_factory=Rows)
     masks: dict[str, WeightMask] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)  # name of a mask -> its title in a table
-    chosen: GridPoint | None = None
+    choice: GridPoint | None = None
 
     def __repr__(self) -> str:
-        choice = f", chose {self.chosen.mask}" if self.chosen else ", chose no mask"
+        outcome = f", chose {self.choice.mask}" if self.choice else ", chose no mask"
         subject = f"{self.settings.target} of {self.model.name}"
-        return f"Study({subject}: {plural(len(self.rows), 'row')}{choice})"
+        return f"Study({subject}: {plural(len(self.rows), 'row')}{outcome})"
 
     @property
     def roles(self) -> Roles:

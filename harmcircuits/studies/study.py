@@ -120,9 +120,9 @@ def study(
     _measure_unpruned(run)
     _score(run)
     grid = _measure_grid(run)
-    run.chosen = _best(run, grid[SEARCH])
-    if run.chosen is not None:
-        _measure_heldout(run, run.chosen.mask, grid)
+    run.choice = _best(run, grid[SEARCH])
+    if run.choice is not None:
+        _measure_heldout(run, run.choice.mask, grid)
     else:
         _add_attempts(run, grid[SEARCH])
     if run.out is not None:

@@ -52,7 +52,7 @@ def test_others_are_neither_the_target_nor_its_whole(model):
 
 
 def test_the_study_speaks_of_its_own_behaviours(run):
-    assert run.chosen is not None
+    assert run.choice is not None
     metrics = set(run.rows.metrics)
     assert {"topic_rate", "topic_nll", "rest_rate", "rest_nll", "other topics_kl"} <= metrics
     assert {"circuit", "one_shot", "other_topics_twin", "opposite_sign"} <= set(run.masks)

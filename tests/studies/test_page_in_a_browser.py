@@ -42,7 +42,7 @@ def pages(finished, tmp_path_factory):
     run = finished.run
     own = replace(run, model=replace(run.model, is_invented=False))
     folder = tmp_path_factory.mktemp("pages")
-    for name, shown in {"shipped": run, "own": own, "no mask": replace(run, chosen=None)}.items():
+    for name, shown in {"shipped": run, "own": own, "no mask": replace(run, choice=None)}.items():
         write_study_page(shown, folder / f"{name}.html")
     for name, view in VIEWS.items():
         view.save(folder / f"{name}.html")

@@ -65,7 +65,7 @@ def test_masks_are_those_of_the_rows_and_the_model_is_as_before(finished):
     run = finished.run
     files = {path.stem: WeightMask.load(path) for path in (run.out / "masks").iterdir()}
     assert files.keys() == run.masks.keys()
-    circuit = run.chosen.mask
+    circuit = run.choice.mask
     for name in ("random-0", "random_magnitude-0"):
         assert files[name].counts == circuit.counts, "controls match in every matrix"
     assert files["circuit"] == circuit
@@ -121,7 +121,7 @@ def test_a_way_without_a_point_of_its_own_is_shown_at_the_search_s_size(finished
             assert point.labels["at"] == "operating point"
         else:
             assert title == f"{way}, same size"
-            size = len(run.chosen.mask)
+            size = len(run.choice.mask)
             assert abs(point.mean - size) == min(abs(row.mean - size) for row in sizes)
 
 
@@ -137,7 +137,7 @@ def test_tables_and_summary_speak_of_the_rows(finished):
     text = summary(run.rows, run.roles)
     chosen = run.rows.where("harm_valid_rate", mask="circuit", split="heldout")[0]
     assert f"to {chosen:.0%}" in text, "with its interval"
-    assert f"{len(run.chosen.mask):,} weights" in text
+    assert f"{len(run.choice.mask):,} weights" in text
     for way in ("one shot", "published"):
         after = run.rows.one("harm_valid_rate", mask="circuit", split="heldout", selection=way)
         assert f"{after.mean:.0%} ({way}" in text
@@ -190,7 +190,7 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
     line = ("chat:m", "all", "31", "0.91 [0.86, 0.96]", "0.87 [0.82, 0.92]", used)
     assert [tuple(cells) for cells in judge_lines(Rows(rows))] == [line]
     # Without a mask, whose page takes seconds.
-    run = replace(finished.run, rows=Rows([*finished.run.rows, *rows]), chosen=None)
+    run = replace(finished.run, rows=Rows([*finished.run.rows, *rows]), choice=None)
     write_study_page(run, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     section = html.partition("<h2>Can the judge be trusted?")[2].partition("</table>")[0]
@@ -231,7 +231,7 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
     names = {path.name for path in out.iterdir()}
     assert names == {"rows.jsonl", "manifest.json", "report.html", "masks"}, "and no searches"
     assert Rows.read(out / "rows.jsonl") == run.rows, "each row once"
-    assert run.chosen is not None
+    assert run.choice is not None
 
     with pytest.raises(ValueError, match=r"holds a finished study.*force=True"):
         study(model, settings, **options)
@@ -246,7 +246,7 @@ def test_what_was_tried_is_kept_where_nothing_was_chosen(tmp_path):
     # Room for refusals, so that no check refuses the mask, whatever a processor rounds.
     settings = StudySettings(protect=("refusal",), prefer="", budget={"refusal": 5.0}, **grid)
     run = study(model, settings, out=tmp_path / "run")
-    assert run.chosen is None
+    assert run.choice is None
     before = run.rows.where(mask="none", split="choice")
     text = summary(run.rows, run.roles)
     assert text.startswith("No operating point")
