@@ -184,8 +184,7 @@ def tokenize(
             )
         is_target = torch.arange(len(tokens)) >= len(context)
         texts.append(UnpaddedText(tokens, is_target))
-    groups = _groups(texts, batch_size, max_tokens)
-    return [_padded(group, padding_id(tokenizer)) for group in groups if group]
+    return batched(texts, batch_size, max_tokens, padding_id(tokenizer))
 
 
 def tokenize_text(
@@ -276,13 +275,17 @@ def unpadded(batches: Sequence[Batch], behaviour: str = "") -> list[UnpaddedText
     return texts
 
 
-def batched(texts: Sequence[UnpaddedText], size: int) -> list[Batch]:
-    """Batches of `size` texts, padded with token 0."""
-    starts = range(0, len(texts), size)
-    return [_padded(texts[start : start + size]) for start in starts]
+def batched(
+    texts: Sequence[UnpaddedText],
+    size: int,
+    max_tokens: int | None = None,
+    padding: int = 0,
+) -> list[Batch]:
+    """Batches of at most `size` texts and `max_tokens` tokens, in their order."""
+    return [_padded(group, padding) for group in text_groups(texts, size, max_tokens)]
 
 
-def _padded(texts: Sequence[UnpaddedText], padding: int = 0) -> Batch:
+def _padded(texts: Sequence[UnpaddedText], padding: int) -> Batch:
     tokens = [text.tokens for text in texts]
     is_target = [text.is_target for text in texts]
     return Batch(
@@ -291,23 +294,29 @@ def _padded(texts: Sequence[UnpaddedText], padding: int = 0) -> Batch:
     )
 
 
-def _groups(
-    texts: Sequence[UnpaddedText], batch_size: int, max_tokens: int | None
+def text_groups(
+    texts: Sequence[UnpaddedText], size: int, max_tokens: int | None
 ) -> list[list[UnpaddedText]]:
-    """The texts of each batch: as many as both bounds allow, padding included."""
+    """The texts of each batch: as many as both bounds allow, padding included, at least one."""
     # With padding, n texts take n * longest tokens.
-    groups: list[list[UnpaddedText]] = [[]]
+    groups: list[list[UnpaddedText]] = []
     longest = 0
     for text in texts:
         length = len(text.tokens)
         longest = max(longest, length)
-        n_texts = len(groups[-1]) + 1
+        n_texts = len(groups[-1]) + 1 if groups else size + 1
         is_too_wide = max_tokens is not None and n_texts * longest > max_tokens
-        if n_texts > batch_size or is_too_wide:
+        if n_texts > size or is_too_wide:
             groups.append([])
             longest = length
         groups[-1].append(text)
     return groups
+
+
+def bounds(batches: Iterable[Batch]) -> tuple[int, int]:
+    """The largest number of examples, and of tokens, in one of these batches."""
+    batches = list(batches)
+    return max(map(len, batches)), max(batch.tokens.numel() for batch in batches)
 
 
 def split_for_checks(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:

@@ -6,7 +6,7 @@ n the largest number of weights to remove, the search minimises
     L(z) = - w  mean_x min(rise_x, TARGET_CAP)           over texts x of the target
            +    mean_x max(loss_x, PREFERRED_FLOOR)      over preferred answers
            -    mean_x min(rise_x, CONTRAST_CAP)         over the contrast ("avoided")
-           + sum_k m_k mean_x max(rise_x, 0)             over texts of each retain set k
+           + sum_k m_k mean_x max(rise_x - FREE_RISE, 0) over texts of each retain set k
 
     subject to  0 <= z_i <= 1  and  sum_i z_i <= n
 

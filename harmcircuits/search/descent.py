@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from harmcircuits.batches import Batch, batched, unpadded
+from harmcircuits.batches import Batch, batched, bounds, unpadded
 from harmcircuits.circuits.gates import Gates
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.hooks.bridge import Bridge
@@ -103,8 +103,7 @@ class Search:
             if tuple(answer.tokens.tolist()) not in present:
                 fresh.append(answer)
         if fresh:
-            batch_size = max(map(len, target.batches))
-            target.extend(self.bridge, batched(fresh, batch_size))
+            target.extend(self.bridge, batched(fresh, *bounds(target.batches)))
             self._note("examples_added", len(fresh), step=self.step, data=target.name)
 
     def _learn(self, steps: Iterable[Step]) -> None:

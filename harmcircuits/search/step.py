@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmcircuits.batches import UnpaddedText, batched
+from harmcircuits.batches import UnpaddedText, batched, bounds, text_groups
 from harmcircuits.circuits.gates import Gates, PerGate
 from harmcircuits.circuits.sites import Site
 from harmcircuits.hooks.bridge import Bridge
@@ -63,21 +63,22 @@ def step_gain(
 def _batches(groups: Sequence[TextGroup], generator: torch.Generator) -> Iterator[list[Draw]]:
     """The texts of a step, in batches that share an objective."""
     draws = []
-    largest_batch = 0
     for number, group in enumerate(groups):
         for example in group.draw(generator):
             draw = Draw(number, group.examples[example], group.base_loss[example])
             draws.append(draw)
-        largest_batch = max(largest_batch, *map(len, group.batches))
     # Sorted by length, since the shorter texts of a batch are padded.
     draws.sort(key=lambda draw: len(draw.text.tokens))
 
+    # No batch of a step takes more memory than the largest batch that was given.
+    largest_batch, max_tokens = bounds(batch for group in groups for batch in group.batches)
     for objective in dict.fromkeys(group.objective for group in groups):
         alike = [draw for draw in draws if groups[draw.group].objective is objective]
         n_batches = ceil(len(alike) / largest_batch)
         size = ceil(len(alike) / n_batches)
-        for start in range(0, len(alike), size):
-            yield alike[start : start + size]
+        remaining = iter(alike)
+        for texts in text_groups([draw.text for draw in alike], size, max_tokens):
+            yield [next(remaining) for _ in texts]
 
 
 def _backward(bridge: Bridge, groups: Sequence[TextGroup], draws: Sequence[Draw]) -> list[float]:

@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmcircuits.batches import Batch, UnpaddedText, batched, split_for_checks, unpadded
+from harmcircuits.batches import (
+    Batch,
+    UnpaddedText,
+    batched,
+    bounds,
+    split_for_checks,
+    unpadded,
+)
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
 from harmcircuits.hooks.bridge import Bridge
@@ -24,6 +31,8 @@ TEXTS_PER_STEP = 16  # of each group; of a retain set half as many
 TARGET_CAP = 0.7  # beyond it the model gives another answer, and more would only break the model
 PREFERRED_FLOOR = 0.3
 CONTRAST_CAP = 0.3
+# With all gates closed a rise is rounding noise, and its sign must not decide what is penalised.
+FREE_RISE = 1e-3
 
 FIRST_MULTIPLIER = 2.0
 MIN_MULTIPLIER = 0.3
@@ -68,9 +77,8 @@ class TextGroup:
 
     @property
     def n_drawn(self) -> int:
-        """The number of texts that a step draws: at most the size of a batch."""
-        largest_batch = max(map(len, self.batches))
-        n = min(TEXTS_PER_STEP, largest_batch)
+        """The number of texts that a step draws, whatever the size of a batch."""
+        n = min(TEXTS_PER_STEP, len(self.examples))
         return ceil(n / 2) if self.role == "protected" else n
 
     def draw(self, generator: torch.Generator) -> list[int]:
@@ -94,7 +102,7 @@ class TextGroup:
             terms = -rise.clamp(max=CONTRAST_CAP)
         else:
             # A fall earns nothing: it would make other good answers less likely.
-            terms = self.multiplier * rise.clamp(min=0)
+            terms = self.multiplier * (rise - FREE_RISE).clamp(min=0)
         return terms.sum() / self.n_drawn
 
     def update_multiplier(self, rise: float) -> None:
@@ -129,16 +137,15 @@ class Protection:
 
         training = {}
         examples: list[UnpaddedText] = []
-        batch_size = 1
         for name, batches in protect.items():
             refuse_batches(f"find_circuit: protected {name}", bridge, batches)
             training[name], third = split_for_checks(batches, CHECKED_EVERY)
             examples += unpadded(third or training[name], name)
-            batch_size = max(batch_size, *map(len, batches))
 
         # Sorted by length, since the shorter texts of a batch are padded.
         examples.sort(key=lambda example: len(example.tokens))
-        checks = batched(examples, batch_size)
+        given = [batch for batches in protect.values() for batch in batches]
+        checks = batched(examples, *bounds(given)) if given else []
         behaviours = [example.behaviour for example in examples]
         base_loss = _losses(bridge, checks) if checks else torch.empty(0)
         return cls(training, checks, behaviours, base_loss, dict(budget))

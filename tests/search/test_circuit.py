@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_bits_equal, random_batch, snapshot
 
-from harmcircuits.batches import Batch, split_for_checks, unpadded
+from harmcircuits.batches import Batch, batched, split_for_checks, unpadded
 from harmcircuits.circuits.gates import Gates, projected
 from harmcircuits.circuits.masks import WeightMask, top_fraction
 from harmcircuits.circuits.scores import Source
@@ -29,6 +29,7 @@ from harmcircuits.search.schedule import Schedule, Size
 from harmcircuits.search.texts import (
     CHECKED_EVERY,
     CONTRAST_CAP,
+    FREE_RISE,
     PREFERRED_FLOOR,
     TARGET_CAP,
     Protection,
@@ -143,7 +144,9 @@ def test_a_gain_is_minus_the_derivative_of_the_loss_by_the_gate(
             rise = completion_loss(bridge, SECOND_RETAIN_SET[1]) - avoided.base_loss
             parts.append(-rise.clamp(max=CONTRAST_CAP).sum() / avoided.n_drawn)
             rise = completion_loss(bridge, RETAIN_SET[0]) - retained.base_loss
-            parts.append(retained.multiplier * rise.clamp(min=0).sum() / retained.n_drawn)
+            parts.append(
+                retained.multiplier * (rise - FREE_RISE).clamp(min=0).sum() / retained.n_drawn
+            )
             return sum(parts).item()
 
     for group in search.groups:
@@ -174,8 +177,8 @@ def test_texts_come_each_once_before_one_comes_again(llama):
     group = TextGroup("target", "target")
     group.extend(llama, [*RETAIN_SET, random_batch(3, 8, seed=1)])
     generator = torch.Generator().manual_seed(0)
-    numbers = [*group.draw(generator), *group.draw(generator), *group.draw(generator)]
-    assert len(numbers) == 18  # three times as many as the largest batch has
+    numbers = [*group.draw(generator), *group.draw(generator)]
+    assert len(numbers) == 18  # twice as many as there are
     for start in range(0, 18, 9):
         assert sorted(numbers[start : start + 9]) == list(range(9))
 
@@ -389,3 +392,39 @@ def test_a_search_refuses_a_mask_of_another_model(llama):
     foreign = replace(mask, source=Source("another", "x"))
     with pytest.raises(ValueError, match="another"):
         find_circuit(llama, [random_batch()], size=0.01, steps=1, exclude=foreign)
+
+
+def mask_of(bridge, target, retain_set) -> WeightMask:
+    return find_circuit(bridge, target, [retain_set], size=SIZE, steps=10)
+
+
+def test_a_rise_of_rounding_noise_is_not_penalised(llama):
+    """With all gates closed its sign is chance, and the term would be all or nothing."""
+    group = TextGroup("retained", "protected")
+    group.extend(llama, RETAIN_SET)
+    noise = torch.tensor([1e-7, -1e-7, 5e-6, 0.0, 1e-4], requires_grad=True)
+    term = group.loss_term(noise, noise)
+    term.backward()
+    assert term == 0
+    assert not noise.grad.any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_size_of_batches_changes_no_mask(llama, size):
+    expected = mask_of(llama, TARGET, RETAIN_SET)
+    target = batched(unpadded(TARGET), size)
+    retain_set = batched(unpadded(RETAIN_SET), size)
+    mask = mask_of(llama, target, retain_set)
+    assert len(mask) == len(mask & expected) == len(expected)
+
+
+def test_no_batch_of_a_step_is_larger_than_the_largest_given(llama):
+    """One text is fifteen times as long as the others, in a batch of its own."""
+    long, short = random_batch(1, 120, seed=1), random_batch(12, 8, seed=2)
+    groups = [TextGroup("target", "target"), TextGroup("retained", "protected")]
+    groups[0].extend(llama, [long, short])
+    groups[1].extend(llama, [short])
+    sizes = []
+    for draws in step._batches(groups, torch.Generator().manual_seed(0)):
+        sizes.append(len(draws) * max(len(draw.text.tokens) for draw in draws))
+    assert max(sizes) <= long.tokens.numel()
