@@ -4,11 +4,12 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from os.path import commonprefix
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -105,9 +106,17 @@ def prompt_ids(prompt: str, tokenizer: Any, template: Template) -> list[int]:
     turns.append({"role": "user", "content": prompt})
     options = {"enable_thinking": False, **chat.options}
     # First as text: the template writes its own special tokens, and `encode` must add none.
-    text = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=False, **options
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False, **options
+        )
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses {chat}: {error}") from None
+    if chat.system.strip() not in text:
+        raise ValueError(
+            "the tokenizer's chat template leaves out the system prompt of Chat(system=...); write "
+            "it into the requests"
+        )
     # Some templates begin the thinking in spite of `enable_thinking`.
     if text.rstrip().endswith(THINKING_BEGINS):
         text = text.rstrip() + THINKING_ENDS
@@ -219,10 +228,14 @@ def at_matches(batches: Sequence[Batch], tokenizer: Any, pattern: str) -> list[B
         is_target = torch.zeros_like(batch.is_target)
         for row, tokens in enumerate(batch.tokens):
             places = batch.is_target[row].nonzero().flatten()
-            pieces = [tokenizer.decode([token]) for token in tokens[places].tolist()]
-            ends = list(accumulate(map(len, pieces)))
-            for match in re.finditer(pattern, "".join(pieces)):
-                is_target[row, places[bisect_right(ends, match.start())]] = True
+            answer = tokens[places].tolist()
+            text = tokenizer.decode(answer)
+            # Where each token ends in the text. Decoded alone, a token may lose its space.
+            beginnings = [tokenizer.decode(answer[:n]) for n in range(1, len(answer) + 1)]
+            ends = [len(commonprefix([beginning, text])) for beginning in beginnings]
+            for match in re.finditer(pattern, text):
+                if match.group():
+                    is_target[row, places[bisect_right(ends, match.start())]] = True
         has_match = is_target.any(dim=1)
         if has_match.any():
             matches.append(Batch(batch.tokens[has_match], is_target[has_match]))

@@ -437,7 +437,14 @@ class Model:
         """The accuracy and the AUROC of the log-odds of yes over the pairs of a question."""
         name, groups = outcomes.behaviour.name, outcomes.groups
         yes, no = outcomes.behaviour.choices
-        odds = answer_log_odds(self.bridge, outcomes.answers, yes, no, template=self.template)
+        odds = answer_log_odds(
+            self.bridge,
+            outcomes.answers,
+            yes,
+            no,
+            template=self.template,
+            prefill=outcomes.behaviour.prefill,
+        )
         # Rows 2k and 2k + 1 are a pair: no is right, then yes.
         is_yes = torch.arange(len(odds)) % 2 == 1
         is_correct = (odds[1::2] > odds[::2]).tolist()

@@ -97,6 +97,21 @@ def unhooked(bridge: Bridge) -> Iterator[None]:
             setattr(module, name, wrapper)
 
 
+@contextmanager
+def evaluating(bridge: Bridge) -> Iterator[None]:
+    """While open, dropout is off."""
+    # The bridge lacks some modules of the Hugging Face model, such as the outermost one.
+    modules = [*bridge.modules(), *bridge.original_model.modules()]
+    training_modules = [module for module in modules if module.training]
+    try:
+        for module in training_modules:
+            module.training = False
+        yield
+    finally:
+        for module in training_modules:
+            module.training = True
+
+
 def right_padded(
     bridge: Bridge,
     texts: Sequence[Sequence[int]],

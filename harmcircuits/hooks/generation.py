@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils.rnn import pad_sequence
 
 from harmcircuits.batches import padding_id
-from harmcircuits.hooks.bridge import Bridge, unhooked
+from harmcircuits.hooks.bridge import Bridge, evaluating, unhooked
 from harmcircuits.hooks.checks import refuse_not_finite_texts
 
 LIBRARIES = ("transformers.", "transformer_lens.")  # modules whose hooks only record activations
@@ -90,7 +91,8 @@ def continuations(
 
     check = FiniteCheck()
     without_hooks = nullcontext() if has_hooks(bridge) else unhooked(bridge)
-    with torch.no_grad(), without_hooks, default_generation(bridge.original_model):
+    quiet = default_generation(bridge.original_model)
+    with torch.no_grad(), evaluating(bridge), without_hooks, quiet:
         rows = bridge.original_model.generate(
             input_ids=tokens.to(bridge.cfg.device),
             attention_mask=is_token.to(bridge.cfg.device),
@@ -164,11 +166,17 @@ class GumbelNoise:
 
 
 def has_hooks(bridge: Bridge) -> bool:
-    """Whether a user's hook reads or changes activations, at hook points or at modules."""
+    """Whether a user's hook or `forward` may change activations, at hook points or at modules."""
     if any(point.fwd_hooks for point in bridge.hook_dict.values()):
         return True
-    for module in bridge.original_model.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not getattr(hook, "__module__", "").startswith(LIBRARIES):
-                return True
-    return False
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return any(map(_is_changed, bridge.original_model.modules()))
+
+
+def _is_changed(module: nn.Module) -> bool:
+    # accelerate replaces `forward` too, to move weights and activations between devices.
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return not all(getattr(hook, "__module__", "").startswith(LIBRARIES) for hook in hooks)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.bridge import Bridge, evaluating
 
 Input = Float[Tensor, "batch pos d_in"]
 OutputGradient = Float[Tensor, "batch pos d_out"]
@@ -117,21 +116,14 @@ def inputs_of(
 def frozen(bridge: Bridge) -> Iterator[None]:
     """While open, no parameter requires a gradient and dropout is off; restored on any exit."""
     requirements = [(parameter, parameter.requires_grad) for parameter in bridge.parameters()]
-    # The bridge lacks some modules of the Hugging Face model, such as the outermost one.
-    modules = chain(bridge.modules(), bridge.original_model.modules())
-    training_modules = [module for module in modules if module.training]
-
     try:
         for parameter, _ in requirements:
             parameter.requires_grad_(False)
-        for module in training_modules:
-            module.training = False
-        yield
+        with evaluating(bridge):
+            yield
     finally:
         for parameter, requires_grad in requirements:
             parameter.requires_grad_(requires_grad)
-        for module in training_modules:
-            module.training = True
 
 
 def _graph_start(sites: Mapping[str, Site]) -> tuple[str, Callable[..., Tensor]]:

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmcircuits.batches import Batch, Template, prompt_ids
+from harmcircuits.batches import Batch, Template, opening_ids, prompt_ids
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, right_padded
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, evaluating, right_padded
 from harmcircuits.hooks.checks import (
     refuse_batches,
     refuse_not_finite,
@@ -49,7 +49,7 @@ def completion_nll(
     """
     bridge = as_bridge(bridge)
     refuse_batches("completion_nll", bridge, batches)
-    with torch.no_grad(), masked_if_given(bridge, mask):
+    with torch.no_grad(), evaluating(bridge), masked_if_given(bridge, mask):
         nll = torch.cat([completion_loss(bridge, batch).cpu() for batch in batches])
     refuse_not_finite(batches, nll, completion_loss)
     return nll
@@ -92,7 +92,7 @@ def kl_under(
         total = per_position.where(batch.is_token, 0).sum(dim=1)
         return total / batch.is_token.sum(dim=1)
 
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(bridge):
         divergence = torch.cat([kl_divergence(bridge, batch) for batch in batches])
     refuse_not_finite(batches, divergence, kl_divergence)
     return divergence
@@ -130,17 +130,19 @@ def answer_log_odds(
     no: Sequence[str],
     *,
     template: Template = "chat",
+    prefill: str = "",
 ) -> Float[Tensor, " n"]:
-    """log p(first answer token in `yes`) - log p(it is in `no`) of each request; nats."""
+    """log p(first token after the prefill in `yes`) - log p(it is in `no`) of each request; nats."""
     bridge = as_bridge(bridge)
     tokenizer = bridge.tokenizer
     yes_ids, no_ids = choice_tokens(tokenizer, yes, no)
-    contexts = [prompt_ids(example.prompt, tokenizer, template) for example in prompts]
+    opening = opening_ids(prefill, tokenizer)
+    contexts = [prompt_ids(example.prompt, tokenizer, template) + opening for example in prompts]
     refuse_requests("answer_log_odds: request", bridge, contexts)
 
     values = []
     for tokens, lengths in right_padded(bridge, contexts, N_TOGETHER):
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(bridge):
             # The last token of a request predicts the answer.
             logits = logits_at_own_position(bridge, tokens, lengths - 1)
         values.append(log_odds(logits, yes_ids, no_ids))

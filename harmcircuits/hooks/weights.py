@@ -25,7 +25,7 @@ MATRIX_NAME = re.compile(
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The dtypes of quantised weights. Masks are bool and positions int64, so neither is among them.
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int32)
-# The digest in masks and scores is of bfloat16 values, so it is the same for a model in any dtype.
+# The digest in masks and scores is of bfloat16 values, so that float32 gives the same.
 PROVENANCE_DTYPE = torch.bfloat16
 VALUES_PER_TRANSFER = 2**24  # of a digest
 
@@ -211,17 +211,18 @@ def refuse_other_model(bridge: Bridge, mask: WeightMask) -> None:
 
 
 def warn_of_other_weights(bridge: Bridge, mask: WeightMask) -> None:
-    """Warn if a mask from a file was made on other weights than the model's."""
-    digests = mask.source.all_weights
-    # Warn once per model and file, and read the weights once.
-    files: set[str] = vars(bridge).setdefault("_harmcircuits_masks", set())
-    if not digests or not mask.file or mask.file in files:
+    """Warn if a mask was made on other weights than the model's."""
+    digests = frozenset(mask.source.all_weights)
+    # Warn once per model and origin of masks, and read the weights once.
+    origins: set[frozenset[str]] = vars(bridge).setdefault("_harmcircuits_origins", set())
+    if not digests or digests in origins:
         return
-    files.add(mask.file)
+    origins.add(digests)
     digest = weights_digest(bridge, PROVENANCE_DTYPE)
     if digest not in digests:
         warnings.warn(
-            f"{mask.file}: the mask was made on weights {', '.join(sorted(digests))}, this model "
+            f"{mask.file or 'masked'}: the mask was made on weights "
+            f"{', '.join(sorted(digests))}, this model "
             f"has {digest}. It is another checkpoint, or it was trained further. Find a mask on "
             "these weights, or confirm the use of this mask by same_model=False",
             stacklevel=5,  # masked, its context manager, and whoever enters it

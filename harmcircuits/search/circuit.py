@@ -67,7 +67,7 @@ from harmcircuits.search.accumulation import GradientSums
 from harmcircuits.search.attribution import data_settings, removal_effect, snip_scores
 from harmcircuits.search.benefits import Benefits
 from harmcircuits.search.descent import FreshAnswers, Search
-from harmcircuits.search.folder import resume, save
+from harmcircuits.search.folder import SearchFolder
 from harmcircuits.search.schedule import Schedule, Size
 from harmcircuits.search.texts import Budget, Protect, Protection, TextGroup
 
@@ -218,14 +218,15 @@ def find_circuit(
 
 def _run(search: Search, folder: str | Path | None, progress: bool) -> None:
     """Run all stages that a search has not run, and save it after each."""
-    if folder is not None:
-        resume(search, folder)
+    stored = SearchFolder.of(search, folder) if folder is not None else None
+    if stored:
+        stored.resume(search)
     stages = range(search.stage, search.schedule.n_stages)
     bar = {"desc": "search", "initial": search.stage, "total": search.schedule.n_stages}
     for _ in tqdm(stages, **bar, disable=not progress, leave=False):
         search.advance()
-        if folder is not None:
-            save(search, folder)
+        if stored:
+            stored.save(search)
 
 
 def _texts(

@@ -19,7 +19,7 @@ from harmcircuits.batches import (
 )
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
-from harmcircuits.hooks.bridge import Bridge
+from harmcircuits.hooks.bridge import Bridge, evaluating
 from harmcircuits.hooks.checks import naming_data, refuse_batches, refuse_not_finite
 from harmcircuits.hooks.losses import completion_nll
 from harmcircuits.hooks.objectives import Objective, completion_loss
@@ -67,7 +67,7 @@ class TextGroup:
 
     def extend(self, bridge: Bridge, batches: Sequence[Batch]) -> None:
         """Add texts, with their losses on the model as it is."""
-        with torch.no_grad(), naming_data(self.name):
+        with torch.no_grad(), evaluating(bridge), naming_data(self.name):
             losses = [self.objective(bridge, batch).float().cpu() for batch in batches]
             self.batches += batches
             self.base_loss = torch.cat([self.base_loss, *losses])

@@ -369,6 +369,20 @@ def test_a_folder_belongs_to_one_search(llama, tmp_path):
         options = {"size": 0.02, "steps": 2, "folder": tmp_path / name}
         return find_circuit(llama, target, [protect], objective=objective, **options)
 
+    base = loss(llama, target[0])
+
+    def rise(sign: float):
+        """Objectives of one name, which are all zero on the unpruned model."""
+
+        def change(*pair):
+            return sign * (loss(*pair) - base.detach())
+
+        return change
+
+    search("rise", rise(1.0), [benign])
+    with pytest.raises(ValueError, match="another objective"):
+        search("rise", rise(-1.0), [benign])
+
     search("a", lambda *pair: loss(*pair), [benign])
     with pytest.raises(ValueError, match="another objective"):
         search("a", lambda *pair: -loss(*pair), [benign])
@@ -428,3 +442,11 @@ def test_no_batch_of_a_step_is_larger_than_the_largest_given(llama):
     for draws in step._batches(groups, torch.Generator().manual_seed(0)):
         sizes.append(len(draws) * max(len(draw.text.tokens) for draw in draws))
     assert max(sizes) <= long.tokens.numel()
+
+
+def test_a_folder_belongs_to_its_fresh_answers(llama, tmp_path):
+    options = {"size": SIZE, "steps": 5, "folder": tmp_path}
+    mask = find_circuit(llama, TARGET, **options, fresh_answers=lambda: RETAIN_SET)
+    assert find_circuit(llama, TARGET, **options, fresh_answers=lambda: RETAIN_SET) == mask
+    with pytest.raises(ValueError, match="other fresh answers"):
+        find_circuit(llama, TARGET, **options, fresh_answers=lambda: SECOND_RETAIN_SET)
