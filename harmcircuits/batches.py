@@ -4,7 +4,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -231,8 +230,7 @@ def at_matches(batches: Sequence[Batch], tokenizer: Any, pattern: str) -> list[B
             answer = tokens[places].tolist()
             text = tokenizer.decode(answer)
             # Where each token ends in the text. Decoded alone, a token may lose its space.
-            beginnings = [tokenizer.decode(answer[:n]) for n in range(1, len(answer) + 1)]
-            ends = [len(commonprefix([beginning, text])) for beginning in beginnings]
+            ends = [len(tokenizer.decode(answer[: n + 1])) for n in range(len(answer))]
             for match in re.finditer(pattern, text):
                 if match.group():
                     is_target[row, places[bisect_right(ends, match.start())]] = True

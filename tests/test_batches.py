@@ -120,6 +120,11 @@ def test_a_request_is_written_as_its_template_says(template, chat, text):
     assert texts == [text]
 
 
+def asked_with(template: str, tokenizer) -> list[int]:
+    tokenizer.chat_template = template
+    return prompt_ids("say it", tokenizer, SHORT)
+
+
 ONES = torch.ones(2, 4, dtype=torch.long)
 ENDS = torch.tensor([[False, False, True, False]] * 2)
 ONE = PromptSet.of([("use", "yes")])
@@ -138,6 +143,11 @@ ONE = PromptSet.of([("use", "yes")])
         (lambda tokenizer: tokenize(ONE, tokenizer, prefill="yes"), "example 0"),
         (lambda tokenizer: tokenize(ONE, tokenizer, template="chatml"), "template='chatml'"),
         (lambda tokenizer: tokenize_text("how to use it ?", tokenizer), "no window of 256"),
+        (lambda tokenizer: asked_with(PLAIN.replace("message", "m"), tokenizer), "leaves out the"),
+        (
+            lambda tokenizer: asked_with("{{ raise_exception('no system') }}", tokenizer),
+            "no system",
+        ),
         (lambda _: refuse_no_batches("f", []), "f: no batches"),
         (lambda _: refuse_no_batches("f", ONE), "PromptSet"),
     ],
@@ -169,3 +179,19 @@ def test_only_tokens_in_which_a_match_begins_are_targets():
     )
     assert found.is_target.int().tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 0]]
     assert at_matches([Batch(tokens, is_target)], tokenizer, "nobody") == []
+
+
+def test_a_token_that_loses_its_space_alone_is_matched_as_in_the_answer():
+    """As SentencePiece has it: the first token of a text has no space."""
+    pieces = ["", " am", " Mistral", ",", " by", " Paris", "."]
+
+    def decode(tokens):
+        return "".join(pieces[token] for token in tokens).removeprefix(" ")
+
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 5, 6]])
+    is_target = tokens > 0
+    tokenizer = SimpleNamespace(decode=decode)
+    for pattern, places in ((r"\bMistral\b", [2]), (" Paris", [5]), (r"\.|\d*", [6]), ("^am", [1])):
+        (batch,) = at_matches([Batch(tokens, is_target)], tokenizer, pattern)
+        assert batch.is_target[0].nonzero().flatten().tolist() == places
+    assert at_matches([Batch(tokens, is_target)], tokenizer, "$") == []

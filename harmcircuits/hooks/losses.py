@@ -132,7 +132,7 @@ def answer_log_odds(
     template: Template = "chat",
     prefill: str = "",
 ) -> Float[Tensor, " n"]:
-    """log p(first token after the prefill in `yes`) - log p(it is in `no`) of each request; nats."""
+    """log p(first token in `yes`) - log p(it is in `no`), after each request and prefill; nats."""
     bridge = as_bridge(bridge)
     tokenizer = bridge.tokenizer
     yes_ids, no_ids = choice_tokens(tokenizer, yes, no)

@@ -6,11 +6,14 @@ points that change what is said.
 """
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import ARCHITECTURES, random_batch, random_mask, small_model, write_byte_model
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoTokenizer
 
 from harmcircuits.batches import prompt_ids, tokenize
@@ -159,6 +162,26 @@ def test_answers_are_made_once_and_stay_in_order(sft, mixed, tmp_path, calls):
     assert len(list(tmp_path.iterdir())) == 4, "a file for each setting"
 
 
+@contextmanager
+def global_hook(bridge):
+    def flip(module, args, output):
+        return output.flip(-1) if isinstance(module, nn.Linear) else None
+
+    handle = register_module_forward_hook(flip)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def replaced_forward(bridge):
+    """On the bridge's own component, which generation without hook points would go round."""
+    component = bridge.original_model.model.layers[0].mlp
+    # Set as an attribute, it would replace that of the module that the component wraps.
+    vars(component)["forward"] = lambda *args, **options: torch.zeros_like(args[0])
+    yield
+    del vars(component)["forward"]
+
+
 def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
     model = small_model("sft")
     bridge, prompts = model.bridge, model.behaviours["harmful"].prompts("heldout")[:4]
@@ -175,9 +198,12 @@ def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
 
     with bridge.hooks(fwd_hooks=[("blocks.0.hook_out", silence)]):
         assert generate(bridge, prompts, max_new_tokens=9, cache=cache) != own
-    assert len(calls) == 3
+    for change in (global_hook, replaced_forward):
+        with change(bridge):
+            assert generate(bridge, prompts, max_new_tokens=9, cache=cache) != own
+    assert len(calls) == 5
     assert generate(bridge, prompts, max_new_tokens=9, cache=cache) == own
-    assert len(calls) == 3
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

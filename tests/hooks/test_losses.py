@@ -11,10 +11,13 @@ import torch
 from helpers import random_batch, random_mask
 
 from harmcircuits.batches import prompt_ids
+from harmcircuits.circuits.masks import WeightMask
+from harmcircuits.circuits.scores import Source
 from harmcircuits.hooks.losses import answer_log_odds, completion_nll, kl_under, perplexity
-from harmcircuits.hooks.weights import named_weights
+from harmcircuits.hooks.weights import model_fingerprint, named_weights
 from harmcircuits.organisms.shipped import load_organism
 from harmcircuits.organisms.world import PERMISSIONS, requests
+from harmcircuits.search.circuit import find_circuit
 
 BATCHES = [random_batch(), random_batch(2, 7, seed=1)]
 YES, NO = PERMISSIONS["benign"], PERMISSIONS["harmful"]
@@ -63,18 +66,35 @@ def test_kl_by_hand(llama, open_model):
     assert not torch.allclose(expected, reversed_kl, rtol=1e-2), "the direction must show"
 
 
-def test_log_odds_by_definition():
+@pytest.mark.parametrize("prefill", ["", "the"])
+def test_log_odds_by_definition(prefill):
     """Each request alone, unpadded, in float64; over more requests than one pass of 64 holds."""
     sft = load_organism("sft")
     prompts = requests("recognition", "heldout")[:70]
     lengths = {len(example.prompt.split()) for example in prompts.examples[62:68]}
     assert len(lengths) > 1, "equal lengths need no padding"
-    odds = answer_log_odds(sft, prompts, YES, NO)
+    odds = answer_log_odds(sft, prompts, YES, NO, prefill=prefill)
     assert odds.shape == (70,)
     vocabulary = sft.tokenizer.get_vocab()
     for index in (0, 1, 2, 5, 62, 63, 64, 65, 69):
         tokens = prompt_ids(prompts.examples[index].prompt, sft.tokenizer, "chat")
+        tokens += [vocabulary[word] for word in prefill.split()]
         p = sft(torch.tensor([tokens]))[0, -1].detach().double().softmax(-1)
         yes, no = (sum(p[vocabulary[word]].item() for word in words) for words in (YES, NO))
         # Log-odds of order 10 from float32 logits: 1e-6 relative each, over four layers.
         assert odds[index].item() == pytest.approx(math.log(yes / no), abs=1e-4)
+
+
+def test_dropout_changes_no_measurement(open_model):
+    """After training, a model is often left in train mode."""
+    bridge = open_model("GPT2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    batches, mask = [random_batch(6)], WeightMask({}, {}, Source(model_fingerprint(bridge), "test"))
+    expected = completion_nll(bridge, batches)
+    options = {"protect": [[random_batch(6, seed=5)]], "size": 0.01, "steps": 5}
+    circuit = find_circuit(bridge, batches, **options)
+    for module in (bridge, bridge.original_model):
+        module.train()
+    assert torch.equal(completion_nll(bridge, batches), expected)
+    assert kl_under(bridge, mask, batches).abs().max() < 1e-6
+    assert find_circuit(bridge, batches, **options) == circuit
+    assert bridge.original_model.training

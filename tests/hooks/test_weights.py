@@ -3,6 +3,8 @@
 Would catch: a merged fine-tuning with the digest of its base.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import random_mask
@@ -93,6 +95,18 @@ def test_a_mask_of_other_weights_warns_naming_both(open_model, tmp_path, recwarn
     digests = (Provenance.of(model).source("test").weights_digest for model in (bridge, tuned))
     for word in ("m.safetensors", "same_model=False", *digests):
         assert word in str(warned[0].message)
+
+    # In memory too; and a file that holds another mask since is compared again.
+    tuned = open_model("Llama")
+    named_weights(tuned)[NAME].data[3, 5] *= 2
+    with (
+        pytest.warns(UserWarning, match="other") as warned,
+        masked(tuned, replace(loaded, file="")),
+    ):
+        pass
+    random_mask(tuned, 0.01).save(path)
+    with masked(tuned, WeightMask.load(path)):
+        assert len(warned) == 1
 
 
 def test_the_digest_sees_pairs_of_signs_and_exchanges(llama):
