@@ -15,9 +15,11 @@ from harmcircuits.hooks.gradients import hook_pairs
 from harmcircuits.hooks.objectives import Objective, completion_loss
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.search.accumulation import BYTES, memory_groups
+from harmcircuits.search.descent import CANDIDATES
 
 GIB = 2**30
 SPARE = 1.25  # of the activations, which are an estimate
+CANDIDATE_BYTES = 110  # at the peak of a step: index, weight, gate, momentum, and copies of these
 
 
 def free_for_scores(
@@ -64,20 +66,22 @@ class MemoryEstimate:
     weights: int
     scores: int
     activations: int
+    candidates: int
     on_disk: int
 
     @property
     def total(self) -> int:
         """All of them but the bytes on disk."""
-        return self.weights + self.scores + self.activations
+        return self.weights + self.scores + self.activations + self.candidates
 
     def __str__(self) -> str:
+        parts = []
+        for name in ("weights", "scores", "activations", "candidates"):
+            n_bytes = getattr(self, name)
+            if n_bytes:
+                parts.append(f"{n_bytes / GIB:.2f} GiB {name}")
         on_disk = f"; on disk {self.on_disk / GIB:.2f} GiB" if self.on_disk else ""
-        return (
-            f"{self.total / GIB:.2f} GiB: {self.weights / GIB:.2f} GiB weights, "
-            f"{self.scores / GIB:.2f} GiB scores, "
-            f"{self.activations / GIB:.2f} GiB activations{on_disk}"
-        )
+        return f"{self.total / GIB:.2f} GiB: {', '.join(parts)}{on_disk}"
 
 
 def estimate_memory(
@@ -86,13 +90,15 @@ def estimate_memory(
     objective: Objective = completion_loss,
     *,
     max_memory: int | None = None,
+    size: float = 0.0,
 ) -> MemoryEstimate:
     """The bytes that `removal_effect` needs on these batches, or a search for their circuit.
 
     weights as stored + 4 bytes for each block weight + the activations of the batch with the most
     tokens: the tensors that the backward pass of its longest example needs and half as much again,
-    times its examples. The activations are an estimate. Tensors only: libraries and the reserve of
-    an allocator come on top.
+    times its examples; of a search also 110 bytes, in the host's memory, for each of its
+    candidates, which are up to 22 times the weights that it removes. Activations and candidates are
+    estimates. Tensors only: libraries and the reserve of an allocator come on top.
 
     >>> print(hc.estimate_memory(bridge, harm))
     0.0... GiB: 0.00 GiB weights, 0.00 GiB scores, 0.0... GiB activations
@@ -102,6 +108,7 @@ def estimate_memory(
         batches: the calibration data; of a search, also those of the retain sets.
         objective: one value for each example.
         max_memory: the run's bound on scores in memory, in bytes; the rest is on disk.
+        size: of a search, the share of the block weights that its largest mask removes.
 
     Raises:
         ValueError: no batches, a matrix larger than `max_memory`, and as `named_weights`.
@@ -113,11 +120,14 @@ def estimate_memory(
         sizes.append(sum(BYTES * site.parameter.numel() for site in group.values()))
 
     is_bounded = max_memory is not None
+    n_weights = sum(sizes) // BYTES
+    n_candidates = min(n_weights, round(1.1 * CANDIDATES * size * n_weights))
     largest_batch = max(batches, key=lambda batch: batch.tokens.numel())
     return MemoryEstimate(
         weights=sum(_memory([*bridge.parameters(), *bridge.buffers()]).values()),
         scores=max(sizes) if is_bounded else sum(sizes),
         activations=_activations(bridge, largest_batch, objective),
+        candidates=CANDIDATE_BYTES * n_candidates,
         on_disk=sum(sizes) if is_bounded else 0,
     )
 

@@ -33,6 +33,11 @@ def test_memory_is_counted_by_formula(llama):
     twice = estimate_memory(llama, [random_batch(24, 30)])
     assert twice.activations == 2 * estimate.activations
 
+    search = estimate_memory(llama, batches, size=0.01)
+    assert search.candidates == 110 * round(0.22 * n_scored)
+    assert search.total == estimate.total + search.candidates
+    assert estimate_memory(llama, batches, size=0.5).candidates == 110 * n_scored
+
 
 def test_a_bound_is_chosen_by_what_is_free(llama, monkeypatch):
     """None where all fits, else as much as a pass leaves; the scores are the same."""
