@@ -168,8 +168,10 @@ def global_hook(bridge):
         return output.flip(-1) if isinstance(module, nn.Linear) else None
 
     handle = register_module_forward_hook(flip)
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -178,8 +180,10 @@ def replaced_forward(bridge):
     component = bridge.original_model.model.layers[0].mlp
     # Set as an attribute, it would replace that of the module that the component wraps.
     vars(component)["forward"] = lambda *args, **options: torch.zeros_like(args[0])
-    yield
-    del vars(component)["forward"]
+    try:
+        yield
+    finally:
+        del vars(component)["forward"]
 
 
 def test_only_the_model_as_it_was_is_stored(tmp_path, calls):
