@@ -10,7 +10,7 @@ from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -86,6 +86,11 @@ class WeightMask:
             removed[name] = index
         object.__setattr__(self, "removed", MappingProxyType(removed))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only mapping can be neither pickled nor deep-copied.
+        removed = dict(self.removed)
+        return WeightMask, (removed, dict(self.shapes), self.source, self.trace, self.file)
 
     def __repr__(self) -> str:
         n_allowed = self.source.settings.get("n_allowed", len(self))

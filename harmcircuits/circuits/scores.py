@@ -143,6 +143,10 @@ class WeightScores:
         values = MappingProxyType(dict(self.values))
         object.__setattr__(self, "values", values)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only mapping can be neither pickled nor deep-copied.
+        return WeightScores, (dict(self.values), self.source)
+
     def __repr__(self) -> str:
         n_examples = self.source.settings.get("n_examples")
         data = f" of {plural(n_examples, 'example')}" if n_examples else ""
