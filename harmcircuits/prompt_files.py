@@ -4,10 +4,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harmcircuits.display import listed, nearest, plural
 
@@ -33,8 +32,7 @@ OPTIONAL = {"input"}
 SEPARATORS = {"HarmBench": "\n\n---\n\n"}
 
 
-@dataclass(frozen=True)
-class RequestTable:
+class RequestTable(NamedTuple):
     """The rows of a file with our field names, and how the file was read."""
 
     texts: list[dict[str, str]]
@@ -42,21 +40,10 @@ class RequestTable:
     n_left_out: int
 
 
-def read_requests(source: str | Path, columns: Mapping[str, str] | None = None) -> RequestTable:
-    """The requests of a file or dataset."""
-    path = Path(source)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        return request_table(_dataset_rows(str(source)), str(source), columns)
-    try:
-        rows = reader(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: cannot be read as {path.suffix}, UTF-8 ({error})") from None
-    return request_table(rows, str(source), columns)
-
-
 def rows_of(source: Any) -> list[Any] | None:
-    """The rows of a list of dicts, a loaded dataset or a DataFrame; None for anything else."""
+    """The rows of a file, dataset, DataFrame or list of dicts; None for anything else."""
+    if isinstance(source, str | Path):
+        return _stored_rows(str(source))
     if hasattr(source, "columns"):  # a DataFrame, whose iterator gives names of columns
         return source.to_dict("records")
     if hasattr(source, "column_names"):
@@ -65,13 +52,26 @@ def rows_of(source: Any) -> list[Any] | None:
     return list(source) if is_table else None
 
 
+def _stored_rows(source: str) -> list[Any]:
+    path = Path(source)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        return _dataset_rows(source)
+    try:
+        return reader(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: cannot be read as {path.suffix}, UTF-8 ({error})") from None
+
+
 def request_table(
-    rows: Iterable[Any], origin: str, columns: Mapping[str, str] | None = None
+    rows: Iterable[Any],
+    origin: str,
+    columns: Mapping[str, str],
 ) -> RequestTable:
     """The requests of rows, each a text or an object with columns; repeated rows once."""
     table = [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
     names = list(dict.fromkeys(chain.from_iterable(table)))
-    file_format, sources = _sources(origin, names, columns or {})
+    file_format, sources = _sources(origin, names, columns)
     separator = SEPARATORS.get(file_format, "\n\n")
 
     notes: Counter[str] = Counter()
@@ -100,10 +100,11 @@ def _origins(file_format: str, sources: Mapping[str, tuple[str, ...]]) -> str:
 
 
 def _sources(
-    origin: str, names: list[str], columns: Mapping[str, str]
+    origin: str,
+    names: list[str],
+    columns: Mapping[str, str],
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """The format of a file with columns of these names, and the columns of each field."""
-    _refuse_unknown(origin, names, columns)
     file_format = _format(origin, names, columns)
     # A column that the caller names comes first, then one of the field's own name.
     sources = dict(FORMATS[file_format])
@@ -116,17 +117,14 @@ def _sources(
     return file_format, present
 
 
-def _refuse_unknown(origin: str, names: list[str], columns: Mapping[str, str]) -> None:
+def _format(origin: str, names: list[str], columns: Mapping[str, str]) -> str:
+    """The first format whose columns are all there; none where the caller names the prompts."""
     for field, column in columns.items():
         if field not in COLUMNS or column not in names:
             raise ValueError(
                 f"{origin}: columns={{{field!r}: {column!r}}}; expected one of {listed(COLUMNS)} "
                 f"and a column of the file ({nearest(column, names)})"
             )
-
-
-def _format(origin: str, names: list[str], columns: Mapping[str, str]) -> str:
-    """The first format whose columns are all there; none where the caller names the prompts."""
     if "prompt" in columns:
         return ""
     for file_format, sources in FORMATS.items():
@@ -165,9 +163,7 @@ def _fields(
 def _exchange(messages: list[Any], notes: Counter[str]) -> dict[str, str]:
     """The request of a chat, and its answer if there is one."""
     turns = [message for message in messages if message["role"] != "system"]
-    n_system = len(messages) - len(turns)
-    if n_system:
-        notes["system turns left out"] += n_system
+    notes["system turns left out"] += len(messages) - len(turns)
     roles = [turn["role"] for turn in turns]
     if roles not in (["user"], ["user", "assistant"]):
         raise ValueError(

@@ -7,12 +7,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from harmcircuits.display import plural
-from harmcircuits.prompt_files import read_requests, request_table, rows_of
+from harmcircuits.prompt_files import request_table, rows_of
 
 SPLITS = ("calibration", "choice", "heldout")
 # The share of a file in each split. The second line is for files whose held-out requests come from
@@ -118,15 +119,13 @@ class PromptSet:
 
         Raises:
             ValueError: a missing or malformed file, columns that are not recognised, or a dataset
-                that cannot be opened (see `read_requests`).
+                that cannot be opened.
         """
-        if isinstance(source, str | Path):
-            table = read_requests(source, columns)
-        else:
-            rows = rows_of(source)
-            if rows is None:
-                return cls.of(source)
-            table = request_table(rows, "the given rows", columns)
+        rows = rows_of(source)
+        if rows is None:
+            return cls.of(source)
+        origin = str(source) if isinstance(source, str | Path) else "the given rows"
+        table = request_table(rows, origin, columns or {})
         examples = tuple(Example(**texts, tokens=()) for texts in table.texts)
         return cls(examples, table.shape, table.n_left_out)
 
@@ -137,7 +136,7 @@ class PromptSet:
         return iter(self.examples)
 
     def __getitem__(self, where: slice) -> "PromptSet":
-        return PromptSet(tuple(self.examples[where]))
+        return PromptSet(self.examples[where])
 
     def __repr__(self) -> str:
         parts = [plural(len(self), "example")]
@@ -227,11 +226,11 @@ class PromptSet:
         Raises:
             ValueError: a split without requests.
         """
-        n_heldout = len(heldout or ())
-        examples = PromptSet((*(heldout or ()), *self.examples)).joined()
-        heldout_examples = examples[:n_heldout]
+        first = heldout or ()
+        examples = PromptSet((*first, *self)).joined()
+        heldout_examples = examples[: len(first)]
         clusters = {example.cluster for example in heldout_examples}
-        requests = examples[n_heldout:].where(lambda example: example.cluster not in clusters)
+        requests = examples[len(first) :].where(lambda example: example.cluster not in clusters)
 
         shares = SHARES if heldout is None else SHARES_WITHOUT_HELDOUT
         members: dict[str, list[Example]] = {split: [] for split in shares}
@@ -283,10 +282,7 @@ def plain_text(text: str) -> str:
 
 def plain_texts(sets: Iterable[PromptSet]) -> set[str]:
     """The plain text of every request of these sets."""
-    texts = set()
-    for prompts in sets:
-        texts.update(plain_text(example.prompt) for example in prompts)
-    return texts
+    return {plain_text(example.prompt) for example in chain.from_iterable(sets)}
 
 
 def joined_clusters(keys: Sequence[tuple[str, ...]]) -> list[str]:

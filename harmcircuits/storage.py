@@ -17,7 +17,6 @@ from torch import Tensor
 
 FORMAT, DIGEST = "format", "digest"  # keys in the metadata of a safetensors file
 MASK_FILE = "mask.safetensors"
-HUB_REMEDY = "check the name and the network, and log in with `hf auth login` or set HF_TOKEN"
 
 # Whole files
 
@@ -244,5 +243,6 @@ def mask_file(source: str | Path, filename: str = MASK_FILE, revision: str | Non
     except (OSError, ValueError) as error:  # every error of the hub is one of these
         first_line, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{source}: no such file, and no {filename} on the hub ({first_line}); {HUB_REMEDY}"
+            f"{source}: no such file, and no {filename} on the hub ({first_line}); check the name "
+            "and the network, and log in with `hf auth login` or set HF_TOKEN"
         ) from None

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmcircuits.circuits.masks import WeightMask, random_like
+from harmcircuits.circuits.masks import NO_WEIGHTS, WeightMask, random_like
 from harmcircuits.circuits.sites import Site
 from harmcircuits.measurements import Label, Labels, Measurement, Rows
 
@@ -18,7 +18,6 @@ Unit = Literal["head", "neuron"]
 
 # Attention matrices are counted by head, all others by neuron.
 UNITS = {"head": ("head", "kv_head"), "neuron": ("neuron", "expert")}
-NO_WEIGHTS = torch.empty(0, dtype=torch.int64)
 N_RANDOM = 20  # random masks for the interval of a figure by chance
 
 
@@ -44,12 +43,11 @@ def counts_by(
     by: By,
 ) -> dict[Place, Count]:
     """The removed weights of every layer, matrix, head or neuron, zeros included."""
-    n_removed = Counter[Place]()
-    n_weights = Counter[Place]()
+    counts: dict[Place, Count] = {}
     for place, count in matrix_counts(mask, sites, by):
-        n_removed[place] += count.n_removed
-        n_weights[place] += count.n_weights
-    return {place: Count(n_removed[place], n_weights[place]) for place in n_weights}
+        n_removed, n_weights = counts.get(place, (0, 0))
+        counts[place] = Count(n_removed + count.n_removed, n_weights + count.n_weights)
+    return counts
 
 
 def matrix_counts(
@@ -69,14 +67,14 @@ def matrix_counts(
         elif by == "matrix":
             yield Place(site.layer, site.kind), count
         elif site.unit in UNITS[by]:
-            removed = _unit_counts(site, mask.removed.get(name, NO_WEIGHTS))
-            for number, n in enumerate(removed.tolist()):
+            for number, n in enumerate(_unit_counts(mask, site).tolist()):
                 place = Place(site.layer, site.unit, number)
                 yield place, Count(n, n_weights // site.n_units)
 
 
-def _unit_counts(site: Site, index: Int[Tensor, " n"]) -> Int[Tensor, " unit"]:
-    """The number of weights in each head, neuron or expert of a matrix."""
+def _unit_counts(mask: WeightMask, site: Site) -> Int[Tensor, " unit"]:
+    """The number of removed weights in each head, neuron or expert of a matrix."""
+    index = mask.removed.get(site.name, NO_WEIGHTS)
     return site.units(index).bincount(minlength=site.n_units)
 
 
@@ -89,9 +87,8 @@ def most_removed(
     """(layer, number) of the n heads or neurons that lose most weights, in falling order."""
     counts = counts_by(mask, sites, by)
     n_units = Counter((place.layer, place.part) for place in counts)
-    totals: dict[tuple[int, int], int] = {}
-    for place, count in counts.items():
-        layer, part, number = place
+    totals = Counter[tuple[int, int]]()
+    for (layer, part, number), count in counts.items():
         if part != by:
             continue
         totals[layer, number] = count.n_removed
@@ -102,9 +99,7 @@ def most_removed(
             kv_head = Place(layer, "kv_head", number * n_kv_heads // n_heads)
             totals[layer, number] += counts[kv_head].n_removed
 
-    units = [unit for unit, total in totals.items() if total]
-    units.sort(key=lambda unit: -totals[unit])
-    return units[:n]
+    return [unit for unit, total in totals.most_common(n) if total]
 
 
 class Concentration(NamedTuple):
@@ -211,7 +206,6 @@ def _concentration_rows(
 def component_rows(
     mask: WeightMask,
     sites: Mapping[str, Site],
-    labels: Labels | None = None,
     *,
     n_units: int = 8,
 ) -> Rows:
@@ -221,10 +215,10 @@ def component_rows(
     for name, n_removed in mask.counts.items():
         site = sites[name]
         n_weights = site.parameter.numel()
-        where = {**(labels or {}), "layer": site.layer, "kind": site.kind}
+        where = {"layer": site.layer, "kind": site.kind}
         matrices += [_count_row({**where, "by": "matrix"}, Count(n_removed, n_weights))]
 
-        removed = _unit_counts(site, mask.removed.get(name, NO_WEIGHTS))
+        removed = _unit_counts(mask, site)
         order = removed.argsort(descending=True, stable=True)[:n_units]
         for number in order[removed[order] > 0].tolist():
             unit = {**where, "by": "unit", "unit": site.unit, "index": number}

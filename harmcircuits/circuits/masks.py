@@ -10,7 +10,7 @@ from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -86,6 +86,11 @@ class WeightMask:
             removed[name] = index
         object.__setattr__(self, "removed", MappingProxyType(removed))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only mapping can be neither pickled nor deep-copied.
+        removed = dict(self.removed)
+        return WeightMask, (removed, dict(self.shapes), self.source, self.trace, self.file)
 
     def __repr__(self) -> str:
         n_allowed = self.source.settings.get("n_allowed", len(self))
@@ -186,7 +191,7 @@ class WeightMask:
         method: str,
         combine: Callable[[Tensor, Tensor], Tensor],
     ) -> "WeightMask":
-        refuse_others(self, other)
+        refuse_other_weights("the second mask", other, self.source.model, self.shapes)
         removed = {}
         for name in self.shapes:
             removed[name] = combine(self._index(name), other._index(name))
@@ -351,17 +356,18 @@ def top_fraction(
         excluded = exclude.removed
 
     removed: dict[str, Tensor] = {}
-    if within == "model":
-        n_weights = sum(map(math.prod, shapes.values()))
-        removed = largest(scores.values, _count(fraction, n_weights), excluded)
-        return WeightMask(removed, shapes, source)
-    for name, value in scores.values.items():
-        if within == "weight":
-            count = _count(fraction, value.numel())
-            removed |= largest({name: value}, count, excluded)
-        else:
-            count = _count(fraction, shapes[name][-1])
+    if within == "row":
+        for name, value in scores.values.items():
+            count = _count(fraction, value.shape[-1])
             removed[name] = largest_of_rows(value, count, excluded.get(name))
+        return WeightMask(removed, shapes, source)
+
+    groups = [scores.values]
+    if within == "weight":
+        groups = [{name: value} for name, value in scores.values.items()]
+    for group in groups:
+        n_weights = sum(value.numel() for value in group.values())
+        removed |= largest(group, _count(fraction, n_weights), excluded)
     return WeightMask(removed, shapes, source)
 
 
@@ -383,11 +389,6 @@ def refuse_other_weights(
             f"{name} is a mask of model {mask.source.model}, expected one of {model} over the same "
             f"weights; they differ in {examples or 'no shape'}"
         )
-
-
-def refuse_others(first: WeightMask, second: WeightMask) -> None:
-    """Refuse masks of two models, or of different weights of one model."""
-    refuse_other_weights("the second mask", second, first.source.model, first.shapes)
 
 
 def union(masks: Sequence[WeightMask]) -> WeightMask | None:

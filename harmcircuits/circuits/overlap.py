@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from harmcircuits.circuits.location import By, Place, matrix_counts
-from harmcircuits.circuits.masks import WeightMask, refuse_others
+from harmcircuits.circuits.masks import NO_WEIGHTS, WeightMask
 from harmcircuits.circuits.sites import Site
 from harmcircuits.display import card, facts, number_text, share
 from harmcircuits.measurements import Interval, student_quantile, wilson
@@ -76,9 +76,7 @@ class Overlap:
         n = min(self.n_first, self.n_second)
         low, high = wilson(self.n_shared / n, n)
         # From shares of the smaller mask to numbers of weights, then to fold enrichment.
-        low_lift = low * n / n_expected
-        high_lift = high * n / n_expected
-        return max(0.0, low_lift), high_lift
+        return low * n / n_expected, high * n / n_expected
 
     def __str__(self) -> str:
         lift = _with_interval(self.lift, self.interval)
@@ -138,12 +136,13 @@ def overlap(
     Raises:
         ValueError: masks of different models or weights, or a mask that removes nothing.
     """
-    lifts = [_closed_form(*pair).lift for pair in resamples]
-    n_expected = nan
-    if n_samples:
-        n_expected = float(marginal_null(first, second, n_samples=n_samples, seed=seed).mean())
     result = _closed_form(first, second)
-    return replace(result, n_expected_marginal=n_expected, resampled=tuple(lifts))
+    lifts = [_closed_form(*pair).lift for pair in resamples]
+    result = replace(result, resampled=tuple(lifts))
+    if n_samples:
+        null = marginal_null(first, second, n_samples=n_samples, seed=seed)
+        result = replace(result, n_expected_marginal=float(null.mean()))
+    return result
 
 
 def overlap_by(
@@ -172,9 +171,9 @@ def overlap_by(
         ValueError: another `by`; masks of different models or weights, or a mask that removes
             nothing.
     """
-    _refuse_unrelated(first, second)
+    masks = (first, second, _shared(first, second))
     # The counts of the three masks come in the same order.
-    counts = [matrix_counts(mask, sites, by) for mask in (first, second, first & second)]
+    counts = [matrix_counts(mask, sites, by) for mask in masks]
     places: dict[Place, Overlap] = {}
     for (place, in_first), (_, in_second), (_, in_both) in zip(*counts, strict=True):
         n_expected = in_first.n_removed * in_second.n_removed / in_first.n_weights
@@ -192,7 +191,6 @@ def marginal_null(
     first: WeightMask, second: WeightMask, *, n_samples: int = 100, seed: int = 0
 ) -> Int64[np.ndarray, " n_samples"]:
     """Shared weights of random masks that keep every row and every column count of each matrix."""
-    _refuse_unrelated(first, second)
     rng = np.random.default_rng(seed)
     # Both chains draw from one generator, so the order of the trades below is part of the result.
     chains = _Chain(first, rng), _Chain(second, rng)
@@ -210,21 +208,21 @@ def marginal_null(
 
 def _closed_form(first: WeightMask, second: WeightMask) -> Overlap:
     """The overlap, with the expected number in closed form."""
-    _refuse_unrelated(first, second)
+    n_shared = len(_shared(first, second))
     n_first, n_second = first.counts, second.counts
     n_expected = 0.0
     for name, shape in first.shapes.items():
         # Each of the n_first weights is in the second mask with probability n_second / n.
         n_expected += n_first[name] * n_second[name] / prod(shape)
-    n_shared = len(first & second)
     return Overlap(n_shared, len(first), len(second), n_expected)
 
 
-def _refuse_unrelated(first: WeightMask, second: WeightMask) -> None:
+def _shared(first: WeightMask, second: WeightMask) -> WeightMask:
+    """The weights in both masks, neither of which may be empty."""
     for mask in (first, second):
         if not len(mask):
             raise ValueError(f"overlap: {mask} removes nothing; choose at least one weight")
-    refuse_others(first, second)
+    return first & second
 
 
 class _Chain:
@@ -235,26 +233,20 @@ class _Chain:
         self.width = max(shape[-1] for shape in mask.shapes.values())
         rows = []
         columns = []
-        matrices = []
-        first_row = 0
+        first_rows: list[int] = []  # of each matrix; each stacked expert is a matrix
+        n_rows = 0
         for name, shape in mask.shapes.items():
-            if name in mask.removed:
-                flat = mask.removed[name].numpy()
-                row, column = np.divmod(flat, shape[-1])
-                rows.append(first_row + row)
-                columns.append(column)
-                # Its first row identifies a matrix. Each stacked expert is a matrix.
-                n_rows = shape[-2]
-                matrices.append(first_row + row // n_rows * n_rows)
-            first_row += prod(shape[:-1])
+            index = mask.removed.get(name, NO_WEIGHTS)
+            row, column = np.divmod(index.numpy(), shape[-1])
+            rows.append(n_rows + row)
+            columns.append(column)
+            end = n_rows + prod(shape[:-1])
+            first_rows += range(n_rows, end, shape[-2])
+            n_rows = end
 
-        row_of_entry = np.concatenate(rows)
-        matrix_of_entry = np.concatenate(matrices)
         self.column = np.concatenate(columns)
-        self.rows, entry_of_row = np.unique(row_of_entry, return_index=True)
-        # Both arrays are sorted, so the position of a number in them is its new number.
-        self.row = np.searchsorted(self.rows, row_of_entry)
-        self.matrix = matrix_of_entry[entry_of_row]
+        self.rows, self.row = np.unique(np.concatenate(rows), return_inverse=True)
+        self.matrix = np.searchsorted(first_rows, self.rows, side="right")
         self.start = np.searchsorted(self.matrix, self.matrix)
 
     @property

@@ -6,36 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmcircuits.circuits.selection import Indices
 from harmcircuits.display import card, facts, listed, plural, settings_text
 from harmcircuits.storage import empty_folder, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from harmcircuits.circuits.masks import WeightMask
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 SCORES_FORMAT = "harmcircuits.scores.1"
 SHARD_BYTES = 2**31  # the limit of a file's size, because a file is copied in memory
 SCORE_BYTES = 4  # of a float32
-
-
-@runtime_checkable
-class RemovedWeights(Protocol):
-    """The flat indices of removed weights by name, such as a mask."""
-
-    @property
-    def removed(self) -> Indices:
-        """The indices."""
-        ...
-
-    @property
-    def source(self) -> "Source":
-        """How they were chosen."""
-        ...
 
 
 def not_finite(values: Mapping[str, Tensor]) -> str:
@@ -143,6 +130,10 @@ class WeightScores:
         values = MappingProxyType(dict(self.values))
         object.__setattr__(self, "values", values)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only mapping can be neither pickled nor deep-copied.
+        return WeightScores, (dict(self.values), self.source)
+
     def __repr__(self) -> str:
         n_examples = self.source.settings.get("n_examples")
         data = f" of {plural(n_examples, 'example')}" if n_examples else ""
@@ -162,7 +153,7 @@ class WeightScores:
     def _n_weights(self) -> int:
         return sum(value.numel() for value in self.values.values())
 
-    def sum_over(self, mask: RemovedWeights) -> float:
+    def sum_over(self, mask: "WeightMask") -> float:
         """The sum of the scores of a mask's weights.
 
         For scores of `removal_effect`, the sum predicts to first order how the objective changes
@@ -226,21 +217,22 @@ class WeightScores:
             )
         # Every shard describes all scores, so that a missing or foreign shard is noticed.
         values: dict[str, Tensor] = {}
-        descriptions = []
+        headers = []
         for path in paths:
-            tensors, metadata = read_tensors(path, SCORES_FORMAT, "scores")
+            tensors, header = read_tensors(path, SCORES_FORMAT, "scores")
             values |= tensors
-            descriptions.append((metadata["shapes"], metadata["source"]))
+            headers.append(header)
 
-        stored_shapes, stored_source = descriptions[0]
-        shapes = read_shapes(stored_shapes)
-        if len(set(descriptions)) > 1 or values.keys() != shapes.keys():
+        header = headers[0]
+        shapes = read_shapes(header["shapes"])
+        is_foreign = any(other != header for other in headers)
+        if is_foreign or values.keys() != shapes.keys():
             raise ValueError(
                 f"{folder}: a shard is missing or of other scores; "
                 "save them again into an empty folder"
             )
         values = {name: values[name] for name in shapes}
-        return cls(values, Source.from_json(stored_source))
+        return cls(values, Source.from_json(header["source"]))
 
 
 def _shards(shapes: Shapes) -> list[list[str]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 # Number of scores in a chunk: small enough for the cache of a CPU core, large enough for a GPU.
 CHUNK_SIZES = {"cpu": 2**18, "cuda": 2**26}
 N_KEY_BINS = 2**16
+LOW_BITS = N_KEY_BINS - 1
 EXCLUDED = -(2**31)  # the key of an excluded weight, below the key of every finite score
 
 Scores = Mapping[str, Float[Tensor, "..."]]
@@ -18,8 +19,10 @@ Indices = Mapping[str, Index]
 
 def largest(scores: Scores, k: int, excluded: Indices) -> dict[str, Index]:
     """Sorted flat indices of the k largest scores over all tensors."""
-    # First pass: count the keys in each bin.
-    counts = _histogram(scores, excluded)
+    # First pass: the high bits of the k-th largest key, the edge.
+    counts = torch.zeros(N_KEY_BINS, dtype=torch.int64)
+    for _, _, keys in _all_chunks(scores, excluded):
+        counts += _histogram(_high_bits(keys))
     n_left = int(counts[1:].sum())  # bin 0 holds the excluded weights only
     if k > n_left:
         raise ValueError(
@@ -28,37 +31,29 @@ def largest(scores: Scores, k: int, excluded: Indices) -> dict[str, Index]:
         )
     if k == 0:
         return {name: torch.empty(0, dtype=torch.int64) for name in scores}
+    high, n_above = _edge(counts, k)
+    n_inside = k - n_above
 
-    # Second pass. Keys above the edge bin are chosen, keys below it are not, and the keys inside it
-    # compete for the remaining places:
-    #
-    #     bins     0 ... edge - 1  |  edge  |  edge + 1 ... 65535
-    #     chosen        none       | k - n_above |    all, n_above
+    # Second pass: the low bits of the edge, among the keys with its high bits.
+    counts.zero_()
+    for _, _, keys in _all_chunks(scores, excluded):
+        is_inside = _high_bits(keys) == high
+        inside = keys[is_inside]
+        counts += _histogram(inside & LOW_BITS)
+    low, n_above = _edge(counts, n_inside)
+    n_ties = n_inside - n_above
+
+    # Third pass: all keys above the edge are chosen, and the first ones of those that equal it.
+    edge = (high - N_KEY_BINS // 2) * N_KEY_BINS + low
     parts: dict[str, list[Index]] = {name: [] for name in scores}
-    edge, n_above = _edge(counts, k)
-    best = _Best(k - n_above)
-    for number, name in enumerate(scores):
-        value = scores[name]
-        for start, keys in _chunks(value, excluded.get(name), _chunk_size(value)):
-            bins = _bins(keys)
-            above = (bins > edge).nonzero().flatten()
-            parts[name].append(start + above.cpu())
-
-            inside = (bins == edge).nonzero().flatten()
-            best.add(
-                number,
-                start + inside.cpu(),
-                keys[inside].cpu(),
-            )
-
-    tensor, index = best.prune()
-    for number, name in enumerate(scores):
-        parts[name].append(index[tensor == number])
-
-    removed = {}
-    for name in scores:
-        removed[name], _ = torch.cat(parts[name]).sort()
-    return removed
+    for name, start, keys in _all_chunks(scores, excluded):
+        is_chosen = keys > edge
+        ties = (keys == edge).nonzero().flatten()[:n_ties]
+        is_chosen[ties] = True
+        n_ties -= len(ties)
+        index = is_chosen.nonzero().flatten()
+        parts[name].append(start + index.cpu())
+    return {name: torch.cat(indices) for name, indices in parts.items()}
 
 
 def positive(scores: Scores, indices: Indices) -> dict[str, Index]:
@@ -78,12 +73,8 @@ def largest_of_rows(
 ) -> Index:
     """Sorted flat indices of the k largest scores of every row (last axis)."""
     columns = value.shape[-1]
-    # A chunk holds whole rows, at least one.
-    n_rows = _chunk_size(value) // columns
-    whole_rows = max(1, n_rows) * columns
-
     parts = []
-    for start, keys in _chunks(value, excluded, whole_rows):
+    for start, keys in _chunks(value, excluded, columns):
         rows = keys.view(-1, columns)
         # A stable sort, so that the lower index comes first among equal keys.
         order = rows.argsort(dim=1, descending=True, stable=True)
@@ -101,57 +92,9 @@ def largest_of_rows(
     return torch.cat(parts)
 
 
-class _Best:
-    """The n largest of all added keys; the earlier ones among equal keys."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self.n_held = 0
-        self.threshold = EXCLUDED  # a further key must exceed it
-        # Three rows: the number of the key's tensor, its flat index in the tensor, and the key.
-        self.parts: list[Int[Tensor, "3 _"]] = []
-
-    def add(
-        self,
-        number: int,
-        index: Int[Tensor, " m"],
-        keys: Int[Tensor, " m"],
-    ) -> None:
-        """Add the keys at flat indices of a tensor; tensors and indices come in rising order."""
-        is_better = keys > self.threshold  # a key equal to it comes later and would lose
-        index = index[is_better]
-        if len(index):
-            numbers = torch.full_like(index, number)
-            self.parts.append(torch.stack([numbers, index, keys[is_better]]))
-            self.n_held += len(index)
-        # At 2 n rather than n, so that a sort happens only once for n new keys.
-        if self.n_held > 2 * self.n:
-            self.prune()
-
-    def prune(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-        """The numbers of the tensors and the flat indices of the n best, in the order of adding."""
-        entries = torch.cat(self.parts, dim=1)
-        # The first sort is stable, so the earlier ones among equal keys are the best. The second
-        # sort restores the order of adding, on which later ties depend.
-        order = entries[2].argsort(descending=True, stable=True)
-        best, _ = order[: self.n].sort()
-
-        entries = entries[:, best]
-        numbers, index, keys = entries
-        self.parts = [entries]
-        self.n_held = len(best)
-        self.threshold = int(keys.min())
-        return numbers, index
-
-
-def _histogram(scores: Scores, excluded: Indices) -> Int[Tensor, " bins"]:
+def _histogram(bins: Int[Tensor, " n"]) -> Int[Tensor, " bins"]:
     """The number of keys in every bin."""
-    counts = torch.zeros(N_KEY_BINS, dtype=torch.int64)
-    for name, value in scores.items():
-        for _, keys in _chunks(value, excluded.get(name), _chunk_size(value)):
-            bins = _bins(keys)
-            counts += bins.bincount(minlength=N_KEY_BINS).cpu()
-    return counts
+    return bins.bincount(minlength=N_KEY_BINS).cpu()
 
 
 def _edge(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
@@ -168,13 +111,13 @@ def _edge(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
     # `argmax` gives the first True.
     n_up_to = counts.cumsum(0)
     n_above = counts.sum() - n_up_to
-    is_high_enough = (n_above < k).int()
-    edge = int(is_high_enough.argmax())
+    is_high_enough = n_above < k
+    edge = int(is_high_enough.int().argmax())
     return edge, int(n_above[edge])
 
 
-def _bins(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The high sixteen bits of the keys, counted from 0; bin 0 holds excluded weights only."""
+def _high_bits(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The high sixteen bits of the keys, counted from 0, which excluded weights alone have."""
     # key 0x3f80_0000 of 1.0     high bits  0x3f80     bin 0xbf80
     # key 0xc07f_ffff of -1.0    high bits -0x3f81     bin 0x407f
     # EXCLUDED    0x8000_0000    high bits -0x8000     bin 0
@@ -195,15 +138,28 @@ def _keys(scores: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     return bits ^ (sign & 0x7FFFFFFF)
 
 
+def _all_chunks(
+    scores: Scores,
+    excluded: Indices,
+) -> Iterator[tuple[str, int, Index]]:
+    """The chunks of all tensors in order, as (name, first flat index, keys)."""
+    for name, value in scores.items():
+        for start, keys in _chunks(value, excluded.get(name)):
+            yield name, start, keys
+
+
 def _chunks(
     value: Float[Tensor, "..."],
     excluded: Index | None,
-    size: int,
+    columns: int = 1,
 ) -> Iterator[tuple[int, Index]]:
-    """The chunks in order, as (first flat index, keys); excluded weights get the lowest key."""
+    """Whole rows in order, as (first flat index, keys); excluded weights get the lowest key."""
+    kind = value.device.type
+    size = CHUNK_SIZES.get(kind, CHUNK_SIZES["cpu"])
+    whole_rows = max(1, size // columns) * columns
     flat = value.flatten()
-    for start in range(0, flat.numel(), size):
-        end = start + size
+    for start in range(0, flat.numel(), whole_rows):
+        end = start + whole_rows
         keys = _keys(flat[start:end])
         if excluded is not None:
             # They are sorted, so a chunk's excluded weights are neighbours. The chunk from 8 to 16:
@@ -217,8 +173,3 @@ def _chunks(
             inside = inside.to(keys.device)
             keys[inside] = EXCLUDED
         yield start, keys
-
-
-def _chunk_size(value: Tensor) -> int:
-    kind = value.device.type
-    return CHUNK_SIZES.get(kind, CHUNK_SIZES["cpu"])

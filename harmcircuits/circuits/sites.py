@@ -76,16 +76,10 @@ def place_of(name: str) -> tuple[int, str]:
 
 
 def by_place(values: Mapping[str, Value]) -> dict[tuple[int, str], Value]:
-    """The values of block matrices by layer and kind, ordered by kind and then by layer."""
+    """The values of block matrices by layer and kind, in the order of the kinds."""
     places = {}
     for name, value in values.items():
-        parts = name.split(".")
-        if len(parts) >= 3 and parts[1].isdigit():
+        if name.startswith("blocks."):
             places[place_of(name)] = value
-
-    def rank(place: tuple[int, str]) -> tuple[int, str, int]:
-        layer, kind = place
-        number = MATRIX_KINDS.index(kind) if kind in MATRIX_KINDS else len(MATRIX_KINDS)
-        return number, kind, layer
-
-    return {place: places[place] for place in sorted(places, key=rank)}
+    order = sorted(places, key=lambda place: MATRIX_KINDS.index(place[1]))
+    return {place: places[place] for place in order}

@@ -35,7 +35,7 @@ class NotFiniteError(ValueError):
 
 def context_of(bridge: Bridge) -> int | None:
     """The most tokens that a text may have; None where the configuration sets no limit."""
-    config = getattr(getattr(bridge, "original_model", None), "config", None)
+    config = getattr(bridge.original_model, "config", None)
     lengths = [getattr(config, name, None) for name in CONTEXT_NAMES]
     return max((length for length in lengths if isinstance(length, int)), default=None)
 

@@ -130,15 +130,17 @@ def fine_tuning(
     for parameter in bridge.original_model.parameters():
         value = parameter.detach().clone()
         states[parameter] = _State(value, parameter.requires_grad, parameter.grad)
-    adapters = _adapters(bridge, states, lora, generator) if lora else []
 
-    # Gradients of the weights become gradients of the adapters' factors.
-    weights = [adapter.site.parameter for adapter in adapters]
-    factors = []
-    for adapter in adapters:
-        factors += [adapter.up, adapter.down]
-    if not lora:
-        weights = factors = list(states)
+    factors = list(states)
+    adapters = []
+    if lora:
+        factors = []
+        for site in weight_sites(bridge).values():
+            # Every adapter adds to W_0, which the states hold anyway.
+            start = states[site.parameter].value
+            adapter = _Adapter(site, start, lora, generator)
+            adapters.append(adapter)
+            factors += [adapter.up, adapter.down]
 
     optimizer = torch.optim.AdamW(factors, lr=lr, weight_decay=weight_decay)
     for adapter in adapters:
@@ -146,7 +148,7 @@ def fine_tuning(
         # writes its zeros after the merge.
         optimizer.register_step_post_hook(adapter.merge)
     run = FineTuning(bridge, _endless(batches, generator), optimizer, objective)
-    yield from during(bridge, _Training(states, weights, adapters), run)
+    yield from during(bridge, _Training(states, adapters), run)
 
 
 class _State(NamedTuple):
@@ -159,10 +161,9 @@ class _State(NamedTuple):
 
 @dataclass(eq=False)
 class _Training:
-    """Gradients of the trained weights, until every parameter gets its state back."""
+    """Gradients of all weights, or of the adapted ones, until all states are restored."""
 
     states: Mapping[nn.Parameter, _State]
-    weights: Sequence[nn.Parameter]
     adapters: "Sequence[_Adapter]"
     hooks: list[RemovableHandle] = field(default_factory=list)
     fault: str = ""
@@ -170,11 +171,11 @@ class _Training:
     def put_on(self) -> None:
         for parameter in self.states:
             parameter.grad = None
-            parameter.requires_grad_(False)
-        for weight in self.weights:
-            weight.requires_grad_(True)
+            parameter.requires_grad_(not self.adapters)
         for adapter in self.adapters:
+            # Gradients of the weight become gradients of the adapter's factors.
             weight = adapter.site.parameter
+            weight.requires_grad_(True)
             self.hooks.append(weight.register_post_accumulate_grad_hook(adapter.pull))
 
     def take_off(self) -> None:
@@ -191,6 +192,11 @@ class _Adapter:
     """The adapter of one matrix, merged into it."""
 
     def __init__(self, site: Site, start: Tensor, lora: Lora, generator: torch.Generator) -> None:
+        if site.parameter.ndim != 2:
+            raise ValueError(
+                f"fine_tuning: {site.name} stacks the matrices of several experts, which lora "
+                "cannot adapt; leave lora out"
+            )
         self.site = site
         self.start = start
         self.scale = lora.alpha / lora.r
@@ -221,26 +227,6 @@ class _Adapter:
     def _as_applied(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         """The transpose where W is stored transposed, as [d_in, d_out]; the same way back."""
         return weight if self.site.input_axis == 1 else weight.T
-
-
-def _adapters(
-    bridge: Bridge,
-    states: Mapping[nn.Parameter, _State],
-    lora: Lora,
-    generator: torch.Generator,
-) -> list[_Adapter]:
-    """An adapter of every block matrix."""
-    adapters = []
-    for site in weight_sites(bridge).values():
-        if site.parameter.ndim != 2:
-            raise ValueError(
-                f"fine_tuning: {site.name} stacks the matrices of several experts, which lora "
-                "cannot adapt; leave lora out"
-            )
-        # Every adapter adds to W_0, which the states hold anyway.
-        start = states[site.parameter].value
-        adapters.append(_Adapter(site, start, lora, generator))
-    return adapters
 
 
 def _endless(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[Batch]:

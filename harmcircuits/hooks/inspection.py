@@ -78,14 +78,14 @@ def _activations(
     """The activations of (layer, unit) pairs at a hook point of their blocks, by unit."""
     bridge = as_bridge(bridge)
     tokens = _first_text(bridge, batch)
-    names = {layer: f"blocks.{layer}.{hook}" for layer, _ in units}
+    names = [f"blocks.{layer}.{hook}" for layer, _ in units]
     with torch.no_grad():
         # All activations of a large model would not fit in memory.
-        _, cache = bridge.run_with_cache(tokens, names_filter=list(names.values()))
+        _, cache = bridge.run_with_cache(tokens, names_filter=names)
 
     activations = []
-    for layer, unit in units:
-        activation = cache[names[layer]][0]  # [head, pos, pos] or [pos, neuron]
+    for name, (_, unit) in zip(names, units, strict=True):
+        activation = cache[name][0]  # [head, pos, pos] or [pos, neuron]
         activations.append(activation.select(axis, unit).cpu())
     return torch.stack(activations)
 
@@ -148,9 +148,7 @@ def vocabulary(bridge: AnyModel) -> list[str]:
     n_tokens = min(len(bridge.tokenizer), d_vocab)
     texts = bridge.tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
     # Embeddings often have more rows than tokens, up to a round number.
-    for number in range(n_tokens, d_vocab):
-        texts.append(f"[{number}]")
-    return texts
+    return texts + [f"[{number}]" for number in range(n_tokens, d_vocab)]
 
 
 def _first_text(bridge: Bridge, batch: Batch) -> Int[Tensor, "1 pos"]:

@@ -3,7 +3,9 @@
 Would catch: a threshold that takes more or fewer where scores tie, a control unlike its mask.
 """
 
+import copy
 import operator
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -22,6 +24,7 @@ from harmcircuits.circuits.masks import (
 )
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.hooks.weights import weight_sites
+from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.organisms.shipped import FOLDER
 from harmcircuits.search.attribution import magnitude_scores
 
@@ -168,6 +171,22 @@ def test_file_round_trip_and_masks_of_version_0_1_0(tmp_path):
     with pytest.raises(ValueError, match="no mask of harmcircuits"):
         WeightMask.load(path)
     assert WeightMask.load(FOLDER / "planted" / "circuit.safetensors").n_removed == 98_304
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda mask: pickle.loads(pickle.dumps(mask))]
+)
+def test_a_copy_of_a_mask_holds_all_of_it_and_stays_read_only(duplicate):
+    trace = Rows([Measurement.exact("loss", {"step": 1}, 0.5)])
+    mask = replace(mask_of(a=[0, 5, 11], b=[3]), trace=trace, file="mask.safetensors")
+    other = duplicate(mask)
+    assert other == mask and other.digest == mask.digest and list(other.removed) == ["a", "b"]
+    assert (other.source, other.trace, other.file) == (mask.source, mask.trace, mask.file)
+    for values in (other.removed, other.shapes):
+        with pytest.raises(TypeError):
+            values["a"] = torch.tensor([1])
+    other.removed["b"].fill_(4)
+    assert mask.removed["b"].tolist() == [3], "nothing is shared"
 
 
 def test_a_mask_from_a_file_draws_the_same_random_masks(tmp_path):

@@ -3,6 +3,9 @@
 Would catch: an order of matrices that a file changes, parts that weigh by their number.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import random_batch
@@ -55,6 +58,20 @@ def test_saved_scores_are_read_from_their_files(
     for name, value in scores.values.items():
         assert torch.equal(loaded.values[name], value)
         assert torch.equal((-loaded).values[name], -value)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
+)
+def test_a_copy_of_scores_holds_all_of_them_and_stays_read_only(scores, duplicate):
+    other = duplicate(scores)
+    assert other.source == scores.source and list(other.values) == list(scores.values)
+    for name, value in scores.values.items():
+        assert torch.equal(other.values[name], value)
+        other.values[name].zero_()
+        assert value.any(), "nothing is shared"
+    with pytest.raises(TypeError):
+        other.values["w1"] = torch.zeros(2)
 
 
 def test_folders_that_hold_no_scores_are_refused(tmp_path, monkeypatch, scores):
