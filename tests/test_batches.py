@@ -15,7 +15,6 @@ from harmcircuits.batches import (
     Chat,
     at_matches,
     prompt_ids,
-    refuse_no_batches,
     tokenize,
     tokenize_text,
 )
@@ -138,8 +137,6 @@ ONE = PromptSet.of([("use", "yes")])
         (lambda tokenizer: tokenize(ONE, tokenizer, prefill="yes"), "example 0"),
         (lambda tokenizer: tokenize(ONE, tokenizer, template="chatml"), "template='chatml'"),
         (lambda tokenizer: tokenize_text("how to use it ?", tokenizer), "no window of 256"),
-        (lambda _: refuse_no_batches("f", []), "f: no batches"),
-        (lambda _: refuse_no_batches("f", ONE), "PromptSet"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(tokenizer, call, word):
