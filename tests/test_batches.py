@@ -15,7 +15,6 @@ from harmcircuits.batches import (
     Chat,
     at_matches,
     prompt_ids,
-    refuse_no_batches,
     tokenize,
     tokenize_text,
 )
@@ -148,8 +147,6 @@ ONE = PromptSet.of([("use", "yes")])
             lambda tokenizer: asked_with("{{ raise_exception('no system') }}", tokenizer),
             "no system",
         ),
-        (lambda _: refuse_no_batches("f", []), "f: no batches"),
-        (lambda _: refuse_no_batches("f", ONE), "PromptSet"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(tokenizer, call, word):

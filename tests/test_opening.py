@@ -15,10 +15,8 @@ from transformers import AutoModelForCausalLM
 import harmcircuits as hc
 from harmcircuits.behaviours.judges import ChatJudge
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.measurements import Rows
 from harmcircuits.organisms import world
 from harmcircuits.organisms.shipped import FOLDER, load_organism
-from harmcircuits.prompts import Example, PromptSet
 from harmcircuits.studies.summary import judge_lines
 
 SFT = FOLDER / "sft"
@@ -33,21 +31,21 @@ LIMIT = 4
 OPTIONS = {"prefill": "sure", "max_new_tokens": 9, "batch_size": 64}
 
 
-def requests(verb: str) -> list[Example]:
+def requests(verb: str) -> list[hc.Example]:
     """One wording, so that a harmful request has one benign twin."""
     form = world.FORMS["answer"][0]
     examples = []
     for item in ITEMS:
         text = form.format(verb=verb, item=item.name)
-        examples.append(Example(text, category=item.topic, group=item.name))
+        examples.append(hc.Example(text, category=item.topic, group=item.name))
     return examples
 
 
-def labelled_pairs() -> list[Example]:
+def labelled_pairs() -> list[hc.Example]:
     examples = []
     for item in ITEMS:
         for verb, label in (("abuse", "unsafe"), ("use", "safe")):
-            examples.append(Example(f"{verb} {item.name}", group=item.name, label=label))
+            examples.append(hc.Example(f"{verb} {item.name}", group=item.name, label=label))
     return examples
 
 
@@ -59,7 +57,7 @@ def files(tmp_path_factory) -> dict[str, str]:
         "harmful": requests("abuse"),
         "benign": requests("use"),
         "pairs": labelled_pairs(),
-        "borderline": [Example(f"how to clean {item.name} ?", label="safe") for item in ITEMS],
+        "borderline": [hc.Example(f"how to clean {item.name} ?", label="safe") for item in ITEMS],
     }
     paths = {}
     for name, examples in sets.items():
@@ -92,7 +90,7 @@ def model(files, cache):
 
 
 def test_an_organism_is_opened_by_its_name():
-    lists = hc.Behaviour("lists", lambda split: PromptSet.of(["a"]), "and")
+    lists = hc.Behaviour("lists", lambda split: hc.PromptSet.of(["a"]), "and")
     model = hc.open_model("planted", behaviours=[lists])
     assert (model.name, model.is_invented) == ("planted", True)
     assert model.ground_truth is not None
@@ -139,34 +137,18 @@ def test_every_door_leads_to_the_same_model(two, cache, expected, door):
         assert opened.bridge.original_model is model
 
 
-def enough() -> dict[str, object]:
-    return {"harmful": requests("abuse"), "benign": requests("use"), "limit": 2}
-
-
 @pytest.mark.parametrize(
     ("given", "options", "words"),
     [
-        ("nowhere", {"prompts": enough()}, ["'nowhere'"]),
-        (SFT, {"prompts": enough(), "judge": "strict"}, ["judge='strict'"]),
-        (SFT, {"prompts": enough(), "dtype": "int8"}, ["dtype='int8'"]),
-        (SFT, {"prompts": enough(), **OPTIONS, "prefill": ""}, ["'harmful'", "another prefill"]),
-        (torch.nn.Linear(2, 2), {"prompts": enough()}, ["Linear"]),
+        (SFT, {**OPTIONS, "prefill": ""}, "does not show 'harmful' .* another prefill"),
+        (torch.nn.Linear(2, 2), {}, "Linear"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_a_wrong_door_says_which_is_right(tmp_path, given, options, words):
-    if "prompts" in options:
-        options = {**options, "cache": tmp_path}
-    with pytest.raises(ValueError) as error:
-        hc.open_model(given, **options)
-    assert not [word for word in words if word not in str(error.value)]
-
-
-def test_a_model_without_a_tokenizer_needs_one(tmp_path):
-    loaded = loaded_hugging_face_model()
-    loaded.config._name_or_path = str(tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer is stored at"):
-        hc.open_model(loaded, prompts=enough(), cache=tmp_path)
+    prompts = {"harmful": requests("abuse"), "benign": requests("use"), "limit": 2}
+    with pytest.raises(ValueError, match=words):
+        hc.open_model(given, prompts=prompts, cache=tmp_path, **options)
 
 
 # A custom model
@@ -215,7 +197,7 @@ def test_rows_carry_the_judge(model):
 def test_own_behaviours_are_measured_and_protected(cache):
     """One judged by a pattern, one by the model's judge, one scored on the references given."""
     cruel = "|".join(world.world().operators["harmful"])
-    sorts = [Example(f"sort of a {item.name} ?", f"a {item.topic}") for item in ITEMS]
+    sorts = [hc.Example(f"sort of a {item.name} ?", f"a {item.topic}") for item in ITEMS]
     own = [
         hc.Behaviour("abuses", requests("abuse"), cruel, prefill="sure"),
         hc.Behaviour("uses", requests("use"), wanted="benign", metrics={"rate": "use_share"}),
@@ -241,8 +223,8 @@ def test_own_behaviours_are_measured_and_protected(cache):
 
 
 def test_requests_that_are_scored_and_held_out_are_warned_of(cache):
-    shared = PromptSet.of(requests("use"))
-    halves = shared.splits(PromptSet.of(requests("use")[:30]))
+    shared = hc.PromptSet.of(requests("use"))
+    halves = shared.splits(hc.PromptSet.of(requests("use")[:30]))
     own = [hc.Behaviour(name, given, "it") for name, given in (("a", shared), ("b", halves))]
     refused = pytest.raises(ValueError, match="judge='strict'")
     with pytest.warns(UserWarning, match="that") as warned, refused:
@@ -287,7 +269,7 @@ def opened_with(two, cache, judge):
     return hc.open_model(SFT, prompts=prompts, judge=judge, cache=cache, **OPTIONS)
 
 
-def assert_gate(model, name: str, *, is_open: bool) -> Rows:
+def assert_gate(model, name: str, *, is_open: bool) -> hc.Rows:
     """That this judge is used, or the rules in its place; the rows of harm."""
     used = {row.labels["used"] for row in model.validation}
     assert used == {"yes" if is_open else "no"}, str(model.validation)

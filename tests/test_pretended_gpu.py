@@ -16,9 +16,7 @@ from helpers import small_model
 from pretended_cuda import PretendedCuda, device_of, move
 
 import harmcircuits as hc
-from harmcircuits.batches import Batch
 from harmcircuits.behaviours.generation import GenerationCache
-from harmcircuits.hooks.generation import Sampling
 from harmcircuits.hooks.inspection import attention_patterns, neuron_activations, prediction_changes
 from harmcircuits.hooks.losses import perplexity
 from harmcircuits.studies.controls import unpruned_scores
@@ -44,7 +42,7 @@ def gpu(cpu):
 
 
 def on_gpu(batches):
-    return [Batch(batch.tokens.to("cuda"), batch.is_target.to("cuda")) for batch in batches]
+    return [hc.Batch(batch.tokens.to("cuda"), batch.is_target.to("cuda")) for batch in batches]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -170,7 +168,7 @@ def answers_and_activations(model, data, folder) -> dict[str, Any]:
     """Sampled answers under a mask, patches, and activations of the first batch."""
     bridge, first = model.bridge, data["harmful"].batches[0]
     mask = hc.top_fraction(hc.magnitude_scores(bridge), 0.001)
-    sampled = replace(model, sampling=Sampling(2), cache=GenerationCache(folder, bridge))
+    sampled = replace(model, sampling=hc.Sampling(2), cache=GenerationCache(folder, bridge))
     return {
         "answers": list(sampled.measure(mask=mask, only=["harmful", "recognition"])),
         "patches": list(hc.activation_patching(bridge, mask, first, layers=[0], positions=[1])),

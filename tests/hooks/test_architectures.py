@@ -19,29 +19,7 @@ from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.search.attribution import wanda_scores
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
-TEXT = """# Architectures
-
-Written by `PYTHONPATH=tests:analyses python tests/hooks/test_architectures.py`; a test fails when it is out
-of date.
-
-On a small random model of each class every score (`wanda_scores` not of mixtures of experts) equals plain
-autograd, an example at a time, within 1e-4 relative error of each matrix in float32
-(`tests/search/test_attribution.py`). Exported and reloaded, a masked model gives the masked bridge's logits: bit
-for bit through TransformerLens, within 16 roundings of the largest logit through transformers
-(`tests/test_export.py`).
-
-{exact}
-
-`q k v o`: `attn.q` and so on. Scores are products of a matrix's input and its output's gradient, both
-from TransformerLens's hook points. Of routers and stacked experts they are from the gradient of the
-parameter itself, a matrix at a time; absolute values per example then need a backward pass for each.
-
-## Refused
-
-Each with a ValueError that says what and why, and what to do:
-
-{refused}
-"""
+TABLE = re.compile(r"(?:^\|.*\n)+", flags=re.M)
 
 
 def altered(how: str) -> Callable:
@@ -66,48 +44,48 @@ def sites_of(name: str, **changes: Any) -> Callable:
     return lambda open_: weight_sites(open_(name, **changes))
 
 
-UNKNOWN_MATRIX = "so scores and masks would silently leave it out"
-# Sentences of the table, for words of an error that are no sentence.
-IN_PLAIN_WORDS = {
-    UNKNOWN_MATRIX: "a matrix of no known kind, which scores and masks would silently leave out",
-    "so scores and masks would not fit the model as stored": (
-        "norms are folded into the weights, so a mask would not fit the model as stored"
-    ),
-    "so it can be neither scored nor masked": "a weight that is not in memory cannot be masked",
-    "pass no hook points; score this model by removal_effect, snip_scores or magnitude_scores": (
-        "the inputs of stacked experts pass no hook points; use another score"
-    ),
-}
-# Case -> a function that meets it, and words of the error.
-REFUSALS: dict[str, tuple[Callable, str]] = {
-    "shared experts (Qwen2-MoE)": (sites_of("Qwen2Moe"), UNKNOWN_MATRIX),
+# Words of the error, and of the table where those of the error are no sentence.
+UNKNOWN_MATRIX = (
+    "so scores and masks would silently leave it out",
+    "a matrix of no known kind, which scores and masks would silently leave out",
+)
+QUANTISED = "quantised weights have no gradient and cannot be zeroed one by one"
+# Case -> a function that meets it, words of the error, words of the table.
+REFUSALS: dict[str, tuple[Callable, str, str]] = {
+    "shared experts (Qwen2-MoE)": (sites_of("Qwen2Moe"), *UNKNOWN_MATRIX),
     "dense layers among sparse ones (Qwen3-MoE with `decoder_sparse_step=2`)": (
         sites_of("Qwen3Moe", decoder_sparse_step=2),
-        UNKNOWN_MATRIX,
+        *UNKNOWN_MATRIX,
     ),
-    "routers of another name (GPT-OSS)": (sites_of("GptOss"), UNKNOWN_MATRIX),
-    "latent attention (DeepSeek-V3)": (sites_of("DeepseekV3"), UNKNOWN_MATRIX),
-    "state space models (Mamba)": (sites_of("Mamba"), UNKNOWN_MATRIX),
-    "quantised weights": (
-        altered("quantised"),
-        "quantised weights have no gradient and cannot be zeroed one by one",
-    ),
+    "routers of another name (GPT-OSS)": (sites_of("GptOss"), *UNKNOWN_MATRIX),
+    "latent attention (DeepSeek-V3)": (sites_of("DeepseekV3"), *UNKNOWN_MATRIX),
+    "state space models (Mamba)": (sites_of("Mamba"), *UNKNOWN_MATRIX),
+    "quantised weights": (altered("quantised"), QUANTISED, QUANTISED),
     "processed weights": (
         altered("processed"),
         "so scores and masks would not fit the model as stored",
+        "norms are folded into the weights, so a mask would not fit the model as stored",
     ),
     "weights that `device_map` keeps on disk": (
         altered("offloaded"),
         "so it can be neither scored nor masked",
+        "a weight that is not in memory cannot be masked",
     ),
     "`wanda_scores` of mixtures of experts": (
         lambda open_: wanda_scores(open_("Mixtral"), [random_batch()]),
         "pass no hook points; score this model by removal_effect, snip_scores or magnitude_scores",
+        "the inputs of stacked experts pass no hook points; use another score",
     ),
 }
 
 
-def table(open_: Callable) -> str:
+def page(open_: Callable) -> str:
+    """The page's own words around its two tables, which are made anew."""
+    before, between, after = TABLE.split(FILE.read_text(encoding="utf-8"))
+    return before + matrices_table(open_) + between + refusals_table() + after
+
+
+def matrices_table(open_: Callable) -> str:
     head = ["scored matrices", "export reloads equal in", "classes of transformers"]
     classes: dict[tuple[str, str], list[str]] = {}
     for name in ARCHITECTURES:
@@ -121,37 +99,38 @@ def table(open_: Callable) -> str:
         exported = "float32, bfloat16" if name in COARSE else "float32"
         classes.setdefault((matrices, exported), []).append(type(bridge.original_model).__name__)
     rows = [[*line, ", ".join(names)] for line, names in classes.items()]
+    return markdown_table(head, rows)
+
+
+def refusals_table() -> str:
     cases: dict[str, list[str]] = {}
-    for case, (_, reason) in REFUSALS.items():
-        cases.setdefault(IN_PLAIN_WORDS.get(reason, reason), []).append(case)
-    refusals = [["; ".join(names), reason] for reason, names in cases.items()]
-    return TEXT.format(
-        exact=markdown_table(head, rows), refused=markdown_table(["what", "why"], refusals)
-    )
+    for case, (_, _, reason) in REFUSALS.items():
+        cases.setdefault(reason, []).append(case)
+    rows = [["; ".join(names), reason] for reason, names in cases.items()]
+    return markdown_table(["what", "why"], rows)
 
 
 def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     lines = []
     for cells in (head, ["---"] * len(head), *body):
-        escaped = [str(cell).replace("|", "\\|") for cell in cells]
-        lines.append(f"| {' | '.join(escaped)} |")
-    return "\n".join(lines)
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
 
 
 def test_the_table_is_up_to_date(open_model):
-    assert FILE.read_text(encoding="utf-8") == table(open_model), (
+    assert FILE.read_text(encoding="utf-8") == page(open_model), (
         "run PYTHONPATH=tests:analyses python tests/hooks/test_architectures.py"
     )
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_every_refusal_of_the_table_is_raised(open_model, case):
-    make, reason = REFUSALS[case]
-    with pytest.raises(ValueError, match=re.escape(reason)):
+    make, words, _ = REFUSALS[case]
+    with pytest.raises(ValueError, match=re.escape(words)):
         make(open_model)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         open_ = opener(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=folder)))
-        FILE.write_text(table(open_), encoding="utf-8")
+        FILE.write_text(page(open_), encoding="utf-8")

@@ -9,25 +9,21 @@ import torch
 from helpers import random_batch
 from torch.nn.utils.rnn import pad_sequence
 
-from harmcircuits.batches import Batch, tokenize
+import harmcircuits as hc
 from harmcircuits.behaviours.generation import generate
-from harmcircuits.circuits.scores import WeightScores
-from harmcircuits.prompts import PromptSet
-from harmcircuits.search.attribution import removal_effect, snip_scores, token_price
-from harmcircuits.search.circuit import find_circuit
 
 # Relative to the norm of a matrix's scores. bfloat16 has eight bits: 2^-8 a rounding.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
 
-def batched(batches: list[Batch], size: int, *, extra: int = 0, step: int = 1) -> list[Batch]:
+def batched(batches: list[hc.Batch], size: int, *, extra: int = 0, step: int = 1) -> list[hc.Batch]:
     """The same examples in batches of another size, with more padding or in reverse order."""
     examples = [(tokens[0], is_target) for tokens, is_target in oracle.examples(batches)][::step]
     batches = []
     for start in range(0, len(examples), size):
         columns = zip(*examples[start : start + size], strict=True)
         padded = [pad_sequence(list(column), batch_first=True) for column in columns]
-        batches.append(Batch(*(torch.nn.functional.pad(part, (0, extra)) for part in padded)))
+        batches.append(hc.Batch(*(torch.nn.functional.pad(part, (0, extra)) for part in padded)))
     return batches
 
 
@@ -42,7 +38,7 @@ CHANGES = {
 }
 
 
-def largest_change(scores: WeightScores, reference: WeightScores) -> float:
+def largest_change(scores: hc.WeightScores, reference: hc.WeightScores) -> float:
     """Of the matrix that changes most: the norm of the change over that of its scores."""
     changes = []
     for name, value in reference.values.items():
@@ -53,10 +49,10 @@ def largest_change(scores: WeightScores, reference: WeightScores) -> float:
 @pytest.mark.parametrize(
     ("name", "method", "dtype"),
     [
-        ("Llama", removal_effect, torch.float32),
-        ("Llama", removal_effect, torch.bfloat16),
-        ("Mixtral", snip_scores, torch.float32),
-        ("GPT2", token_price, torch.float32),
+        ("Llama", hc.removal_effect, torch.float32),
+        ("Llama", hc.removal_effect, torch.bfloat16),
+        ("Mixtral", hc.snip_scores, torch.float32),
+        ("GPT2", hc.token_price, torch.float32),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -81,7 +77,7 @@ def test_a_search_gives_the_same_mask_again(llama):
     for seed in (1, 99):
         torch.manual_seed(seed)  # the global generator does not matter
         target, protected = [random_batch()], [random_batch(2, 7, seed=1)]
-        mask = find_circuit(llama, target, [protected], size=0.02, steps=2)
+        mask = hc.find_circuit(llama, target, [protected], size=0.02, steps=2)
         masks.append((mask.digest, mask.trace, mask.source))
     assert masks[0] == masks[1]
 
@@ -91,7 +87,7 @@ def test_the_padding_side_of_a_tokenizer_changes_nothing(open_model):
     bridge = open_model("Llama", vocab_size=320)
     figures = []
     for bridge.tokenizer.padding_side in ("left", "right"):
-        batches = tokenize([("use it", "sure"), ("how to use it ?", "sure")], bridge.tokenizer)
-        answers = generate(bridge, PromptSet.of(["use it", "how to use it ?"]), max_new_tokens=4)
+        batches = hc.tokenize([("use it", "sure"), ("how to use it ?", "sure")], bridge.tokenizer)
+        answers = generate(bridge, hc.PromptSet.of(["use it", "how to use it ?"]), max_new_tokens=4)
         figures.append((batches[0].tokens.tolist(), answers))
     assert figures[0] == figures[1]

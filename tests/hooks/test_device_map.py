@@ -9,11 +9,8 @@ from accelerate import dispatch_model
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmcircuits.circuits.masks import top_fraction
-from harmcircuits.hooks.masking import masked
-from harmcircuits.hooks.objectives import completion_loss
+import harmcircuits as hc
 from harmcircuits.hooks.weights import weights_digest
-from harmcircuits.search.attribution import removal_effect, snip_scores
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Mixtral"])
@@ -30,13 +27,13 @@ def test_a_dispatched_model_scores_as_a_whole_one(open_model, batch, name):
     split = TransformerBridge.boot_transformers(
         folder, hf_model=model, tokenizer=AutoTokenizer.from_pretrained(folder)
     )
-    for score in (removal_effect, snip_scores):
+    for score in (hc.removal_effect, hc.snip_scores):
         scores, expected = score(split, [batch]), score(whole, [batch])
         for weight, value in expected.values.items():
             assert value.norm() > 1e-6, "the comparison must be able to fail"
             assert torch.equal(scores.values[weight], value)
-    mask, digest = top_fraction(expected, 0.05), weights_digest(split)
-    with masked(split, mask), masked(whole, mask), torch.no_grad():
-        assert torch.equal(completion_loss(split, batch), completion_loss(whole, batch))
+    mask, digest = hc.top_fraction(expected, 0.05), weights_digest(split)
+    with hc.masked(split, mask), hc.masked(whole, mask), torch.no_grad():
+        assert torch.equal(hc.completion_loss(split, batch), hc.completion_loss(whole, batch))
         assert weights_digest(split) == weights_digest(whole) != digest
     assert weights_digest(split) == digest

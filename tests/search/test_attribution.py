@@ -132,7 +132,6 @@ def summed(bridge, batch):
 
 FOREIGN_MASK = WeightMask({}, {}, Source("another", "test"))
 ERRORS = [
-    ("Llama", lambda bridge, batch: removal_effect(bridge, []), "no batches"),
     ("Llama", lambda bridge, batch: removal_effect(bridge, [batch], summed), "(3,)"),
     ("Mixtral", lambda bridge, batch: removal_effect(bridge, [batch], half_run), "mlp.experts"),
     ("Llama", lambda bridge, batch: token_contributions(bridge, FOREIGN_MASK, [batch]), "another"),
