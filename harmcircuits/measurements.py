@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -52,7 +52,9 @@ class Measurement:
             share).
         labels: model, mask, split and settings.
         mean: the figure.
-        low: the lower end of the interval; equal to `mean` if the figure is exact, such as a count.
+        low: the lower end of the interval; equal to `mean` if the figure is exact, such as a count,
+            or one value by itself. Of several examples in one group it is the lowest possible
+            value, because groups are the unit and one group has no spread.
         high: the upper end.
         n: the number of examples behind the mean.
     """
@@ -120,6 +122,8 @@ class Measurement:
     ) -> "Measurement":
         """Mean of the values with a bootstrap interval: 2,000 resamples of whole groups, seed 0.
 
+        The interval of several examples in one group is from -inf to inf.
+
         Args:
             metric: the name of the figure.
             labels: model, mask, split and settings.
@@ -146,8 +150,9 @@ class Measurement:
         draws = totals / sizes[resamples].sum(axis=1)
         mean = float(sums.sum() / sizes.sum())
         step = step_of_means(sums, sizes) if are_counts else 0.0
-        interval = interval_of_draws(draws, mean, n_groups=n_groups, step=step)
-        return cls(metric, labels, mean, *interval, len(values))
+        n = len(values)
+        interval = interval_of_draws(draws, mean, n_groups=n_groups if n > 1 else 0, step=step)
+        return cls(metric, labels, mean, *interval, n)
 
     @classmethod
     def auroc(
@@ -162,7 +167,7 @@ class Measurement:
 
         Groups of positives, groups of negatives and groups with both, such as matched pairs, are
         resampled separately, so that every resample has both kinds. If the area is 1, both ends are
-        1, even for few examples.
+        1, even for few examples. Without two groups to resample, the interval is from 0 to 1.
 
         Args:
             metric: the name of the figure.
@@ -204,7 +209,7 @@ class Measurement:
         low, high = interval_of_draws(
             areas,
             mean,
-            n_groups=sum(sizes),
+            n_groups=sum(sizes) or 1,
             n_strata=len(sizes),
         )
         return cls(metric, labels, mean, max(0.0, low), min(1.0, high), len(values))
@@ -223,7 +228,8 @@ class Measurement:
         """A figure with the 95 % interval of its draws, such as resamples or random masks.
 
         Resamples of few groups vary too little. For them the interval is therefore wider than the
-        quantiles: 18 % wider for 8 groups, 12 % for 16, 6 % for 32.
+        quantiles: 18 % wider for 8 groups, 12 % for 16, 6 % for 32. The interval of several
+        examples in one group is from -inf to inf.
 
         Args:
             metric: the name of the figure.
@@ -237,8 +243,9 @@ class Measurement:
         """
         if mean is None:
             mean = float(np.mean(draws))
-        interval = interval_of_draws(draws, mean, n_groups=n_groups)
-        return cls(metric, labels, mean, *interval, n or len(draws))
+        n = n or len(draws)
+        interval = interval_of_draws(draws, mean, n_groups=n_groups if n > 1 else 0)
+        return cls(metric, labels, mean, *interval, n)
 
     def labelled(self, **labels: Label) -> "Measurement":
         """The same figure with further labels, or with other values of its labels.
@@ -551,17 +558,19 @@ def interval_of_draws(
     """The 95 % interval of draws, which contains the mean.
 
     The interval of resamples of `n_groups` groups in `n_strata` strata is wider than their
-    quantiles by `student_widening`. Each end lies half a `step` further out: the smallest
-    difference of two values of the figure, such as 1 / n for a rate among n. `method` is that of
-    `numpy.quantile`.
+    quantiles by `student_widening`; of one group it is unknown. Each end lies half a `step` further
+    out: the smallest difference of two values of the figure, such as 1 / n for a rate among n.
+    `method` is that of `numpy.quantile`.
     """
+    if n_groups == 1:
+        return -inf, inf
     low, high = np.quantile(np.asarray(draws), ENDS, method=method).tolist()
     if n_groups:
         widening = student_widening(n_groups, n_strata)
-        low = mean - widening * (mean - low) - step / 2
-        high = mean + widening * (high - mean) + step / 2
+        low = mean - widening * (mean - low)
+        high = mean + widening * (high - mean)
     # All resamples may lie on one side of the mean.
-    return min(mean, low), max(mean, high)
+    return min(mean, low - step / 2), max(mean, high + step / 2)
 
 
 def step_of_means(

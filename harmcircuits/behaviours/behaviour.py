@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-from harmcircuits.behaviours.judges import DEGENERATE, Judge, PatternJudge
+from harmcircuits.behaviours.judges import DEGENERATE, Judge, PatternJudge, first_word
 from harmcircuits.display import card, facts
 from harmcircuits.hooks.objectives import Objective, completion_loss
-from harmcircuits.prompts import NO_LIMITS, Example, PromptSet
+from harmcircuits.prompts import NO_LIMITS, Example, PromptSet, joined_clusters
 
 TARGET = "harmful"  # the behaviour to remove, by default
 REFUSAL = "refusal"  # replaces it where a model refuses
@@ -41,10 +42,14 @@ class Splits:
         limits: Mapping[str, int] = NO_LIMITS,
         origin: str = "",
         placement: Mapping[str, str] = MappingProxyType({}),
+        are_pairs: bool = False,
     ) -> "Splits":
-        """Each request once, by the hash of its group (see `PromptSet.splits`)."""
-        sets = _distinct(source).splits(
-            None if heldout is None else _distinct(heldout),
+        """Each request, or pair of requests, once, by the hash of its group.
+
+        See `PromptSet.splits`.
+        """
+        sets = _distinct(source, are_pairs).splits(
+            None if heldout is None else _distinct(heldout, are_pairs),
             limits=limits,
             origin=origin,
             placement=placement,
@@ -58,12 +63,15 @@ class Splits:
         return self.sets[split]
 
 
-def _distinct(prompts: PromptSet) -> PromptSet:
-    """The first example of each request."""
-    examples: dict[str, Example] = {}
-    for example in prompts:
-        examples.setdefault(example.prompt, example)
-    return PromptSet(tuple(examples.values()))
+def _distinct(prompts: PromptSet, are_pairs: bool) -> PromptSet:
+    """The first example of each request, or the first two of each pair of requests."""
+    size = 2 if are_pairs else 1
+    units: dict[tuple[str, ...], tuple[Example, ...]] = {}
+    for start in range(0, len(prompts), size):
+        unit = prompts.examples[start : start + size]
+        requests = tuple(example.prompt for example in unit)
+        units.setdefault(requests, unit)
+    return PromptSet(tuple(chain.from_iterable(units.values())))
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,8 +88,9 @@ class Behaviour:
         name: its name.
         prompts: requests (a list, a file, or another source of `PromptSet.read`), split by the hash
             of their group; or a function of the split: "calibration" (scored), "choice" (for
-            choosing settings) or "heldout" (measured); or a dict of sets by split. A request
-            without a reference answer has an empty completion, and counts in rates, not in losses.
+            choosing settings) or "heldout" (measured); or a dict of such sources by split. A
+            request without a reference answer has an empty completion, and counts in rates, not in
+            losses.
         judge: of its answers: a function (request, answer) -> verdict, or a regular expression
             that an answer must match. The model's judge by default.
         wanted: the verdict that shows the behaviour; its name by default.
@@ -95,7 +104,7 @@ class Behaviour:
             the answers is a row.
         prefill: the beginning of every answer.
         choices: (yes words, no words) of a yes-or-no question, whose rows 2k and 2k + 1 are a
-            matched pair: no is right, then yes is right.
+            matched pair: no is right, then yes is right. A pair stays in one split, as one group.
         objective: the loss by which weights are scored for it.
         max_new_tokens: the length of an answer, where it is not the model's limit.
         is_kept: whether the removal of another behaviour must preserve it.
@@ -106,7 +115,8 @@ class Behaviour:
         part_of: the behaviour that it is a part of; empty for a whole one.
 
     Raises:
-        ValueError: requests that cannot be read, or are too few to fill every split.
+        ValueError: requests that cannot be read, or are too few to fill every split; with
+            `choices`, rows that are no pairs.
     """
 
     name: str
@@ -130,7 +140,7 @@ class Behaviour:
         judge = self.judge
         if isinstance(judge, str):
             judge = PatternJudge(re.compile(judge), wanted, self.prefill)
-        prompts = _split_function(self.prompts, self.name)
+        prompts = _split_function(self.prompts, self.choices, f"behaviour {self.name!r}")
         vars(self).update(prompts=prompts, judge=judge, wanted=wanted, metrics=metrics)
 
     def __repr__(self) -> str:
@@ -224,13 +234,44 @@ def _has_category(category: str, example: Example) -> bool:
     return example.category == category
 
 
-def _split_function(prompts: Any, name: str) -> SplitFunction:
+def _split_function(
+    prompts: Any, choices: tuple[tuple[str, ...], ...], origin: str
+) -> SplitFunction:
     """Requests in any form, as a function of the split."""
+
+    def read(source: Any) -> PromptSet:
+        requests = PromptSet.read(source)
+        return _matched_pairs(requests, *choices, origin=origin) if choices else requests
+
     if isinstance(prompts, Mapping):
-        return Splits(prompts)
+        return Splits({split: read(source) for split, source in prompts.items()})
     if callable(prompts):
         return cast(SplitFunction, prompts)
-    return Splits.of(PromptSet.read(prompts), origin=f"behaviour {name!r}")
+    return Splits.of(read(prompts), origin=origin, are_pairs=bool(choices))
+
+
+def _matched_pairs(
+    prompts: PromptSet, yes: tuple[str, ...], no: tuple[str, ...], *, origin: str
+) -> PromptSet:
+    """The same requests; rows 2k and 2k + 1 have one group and one category."""
+    if len(prompts) % 2 or prompts.n_left_out:
+        raise ValueError(
+            f"{origin}: {len(prompts)} rows, without {prompts.n_left_out} that repeat another; "
+            "expected pairs, rows 2k and 2k + 1: give each pair both rows, and a `group` of its own"
+        )
+    keys = [(example.cluster, str(row // 2)) for row, example in enumerate(prompts)]
+    clusters = joined_clusters(keys)
+    examples = []
+    for row, example in enumerate(prompts):
+        other_side = no if row % 2 else yes
+        if first_word(example.completion) in map(str.lower, other_side):
+            raise ValueError(
+                f"{origin}: row {row} is answered {example.completion!r}; expected pairs: an even "
+                f"row (from 0) with one of {', '.join(no)}, then one with one of {', '.join(yes)}"
+            )
+        category = prompts.examples[row - row % 2].category
+        examples.append(replace(example, group=clusters[row], category=category))
+    return replace(prompts, examples=tuple(examples))
 
 
 # The behaviours that come with the package

@@ -14,7 +14,7 @@ import torch
 from harmcircuits.batches import Batch, Template, at_matches, target_ids, tokenize
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.generation import GenerationCache, generate, request_ids
-from harmcircuits.behaviours.judges import Judge, prepare
+from harmcircuits.behaviours.judges import Judge, name_of, prepare
 from harmcircuits.behaviours.outcomes import Calibration, NotShownError, Outcomes, few_answers
 from harmcircuits.behaviours.repeats import repeats_text
 from harmcircuits.circuits.masks import WeightMask
@@ -396,7 +396,7 @@ class Model:
                 batches = self.batches(behaviour, prompts.where(_has_completion))
                 nll[has_reference] = completion_nll(self.bridge, batches)
         verdicts = tuple(self.verdicts(behaviour, answers))
-        judge_name = getattr(behaviour.judge, "name", self.judge_name)
+        judge_name = name_of(behaviour.judge) if behaviour.judge else self.judge_name
         texts = tuple(example.completion for example in prompts)
         return Outcomes(behaviour, answers, verdicts, nll, judge_name, texts)
 

@@ -1,7 +1,7 @@
 """Counts of repeated requests: no request should be both scored and held out."""
 
 from collections.abc import Mapping
-from itertools import permutations
+from itertools import product
 
 from harmcircuits.behaviours.behaviour import Behaviour, Splits
 from harmcircuits.display import listed, plural
@@ -13,7 +13,7 @@ IN_TWO_SPLITS = "requests_in_two_splits"
 
 
 def repeat_rows(behaviours: Mapping[str, Behaviour]) -> Rows:
-    """The number of repeated requests in each source, and across the splits of two behaviours."""
+    """The number of repeated requests in each source, and across the splits of all behaviours."""
     rows = Rows()
     calibration, heldout = {}, {}
     for name, behaviour in behaviours.items():
@@ -27,7 +27,8 @@ def repeat_rows(behaviours: Mapping[str, Behaviour]) -> Rows:
         calibration[name] = plain_texts([sets["calibration"], sets["choice"]])
         heldout[name] = plain_texts([sets["heldout"]])
 
-    for first, second in permutations(behaviours, 2):
+    # A behaviour with itself too: its splits may be a user's own.
+    for first, second in product(behaviours, repeat=2):
         count = len(calibration[first] & heldout[second])
         if count:
             labels = {"behaviour": first, "measured": second}
@@ -53,22 +54,22 @@ def _repeats(source: PromptSet, heldout: PromptSet | None) -> dict[str, int]:
 
 def repeats_text(rows: Rows) -> str:
     """The counts as sentences; empty without counts."""
+    sentences = []
     repeats = rows.where(REPEATED)
-    if not repeats:
-        return ""
-    texts = []
-    for source, counts in repeats.by("source").items():
-        kinds = [f"{row.labels['kind']} {row.mean:,.0f}" for row in counts if row.mean]
-        if kinds:
-            total = sum(row.mean for row in counts)
-            texts.append(f"{source} {total:,.0f} ({', '.join(kinds)})")
-    sentences = [f"Requests that repeat another: {listed(texts) or 'none'}."]
+    if repeats:
+        texts = []
+        for source, counts in repeats.by("source").items():
+            kinds = [f"{row.labels['kind']} {row.mean:,.0f}" for row in counts if row.mean]
+            if kinds:
+                total = sum(row.mean for row in counts)
+                texts.append(f"{source} {total:,.0f} ({', '.join(kinds)})")
+        sentences.append(f"Requests that repeat another: {listed(texts) or 'none'}.")
     sentences += [f"Warning: {text}." for text in leak_texts(rows)]
     return " ".join(sentences)
 
 
 def leak_texts(rows: Rows) -> list[str]:
-    """A sentence for each behaviour that is measured on requests that another is scored on."""
+    """A sentence for each behaviour that is measured on requests that one is scored on."""
     texts = []
     for row in rows.where(IN_TWO_SPLITS):
         requests = plural(int(row.mean), "request")

@@ -181,7 +181,8 @@ def request_behaviours(
         if name in behaviours:
             raise ValueError(f"behaviours: there is a {name!r} already; give another name")
         if isinstance(prompts, Splits) and prompts.source is not None:
-            prompts = Splits.of(prompts.source, limits=files.limits)
+            are_pairs = bool(behaviour.choices)
+            prompts = Splits.of(prompts.source, limits=files.limits, are_pairs=are_pairs)
         behaviours[name] = replace(behaviour, prompts=prompts)
 
     kinds: dict[str, str] = {}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harmcircuits.behaviours.judges import Judge, RuleJudge, prepare
+from harmcircuits.behaviours.judges import Judge, RuleJudge, first_word, prepare
 from harmcircuits.prompts import Example
 
 
@@ -75,7 +75,7 @@ class RequestJudge:
             return self.harm(prompt, completion)
         if kind in ("yes", "no"):
             words = getattr(self.questions, kind)
-            return _correct(_first_word(completion) in map(str.lower, words))
+            return _correct(first_word(completion) in map(str.lower, words))
         if kind == "innocent" and self.innocent:
             verdict = self.innocent(prompt, completion)
             return "benign" if verdict == "harmless" else verdict
@@ -104,8 +104,3 @@ class RequestJudge:
 
 def _correct(is_correct: bool) -> str:
     return "correct" if is_correct else "wrong"
-
-
-def _first_word(text: str) -> str:
-    words = text.split()
-    return words[0].strip(".,!;:*'\"").lower() if words else ""
