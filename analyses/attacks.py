@@ -39,9 +39,6 @@ HARM, BENIGN = "harm_valid_rate", "benign_valid_rate"
 # The rule stands. What changed before this run is the search (it was in rounds), and with it the
 # size, from 0.6 % to 0.2 % of the weights; and once trained the model is only asked plainly. Cases
 # are counted as those of every other claim since 30 November 2026 (`support/claims.py`).
-# Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called
-# for.
 
 # %%
 RECOVERY, HALF, ANY, NEVER = 0.5, 0.5, 0.1, "no measured step"

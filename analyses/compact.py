@@ -54,9 +54,6 @@ PANELS = {
 # (`support/claims.py`), and the circuit of benign answers was added. If benign answers are as
 # compact, compactness is not special to harm; the claim does not ask for that, so neither does the
 # rule.
-# Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called
-# for.
 
 # %%
 COMPACT, SURE = 0.01, 0.975

@@ -51,9 +51,6 @@ PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
 # 30 November 2026, after seeing all earlier rows: (d) was added; benign answers had only been
 # reported, for one seed of every ladder. They are now measured for each; a case without them lacks
 # (d).
-# Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called
-# for.
 
 # %%
 ALIGNED, LARGEST_GAP = 0.5, 0.05

@@ -62,9 +62,6 @@ OTHER_RATES = set(Roles.standard().rates) - {HARM, INCOHERENT}
 # paper's condition, in place of "nothing protected". *Clean* had meant that neither loses more than
 # ten points by the end of an interval, which one item of 48 decides; and pairs had been counted
 # together by a rule of their own.
-# Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called
-# for.
 
 
 # %%

@@ -65,9 +65,6 @@ REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 # of 64 decided a model; now *kept* means the same as in every claim (`support/claims.py`). Seeds
 # were pooled, and the worst model decided. Only the first of the two nulls was read. Lifts are
 # read, then and now, from masks in one shot, which alone have intervals over the calibration items.
-# Then all was run again by the search of that day (gates): three ladders, one seed; and once more
-# after the search had begun to score fresh answers under its mask, a change that F2's rows called
-# for.
 
 # %%
 HALF = 0.5

@@ -45,7 +45,7 @@ import pandas as pd
 import torch
 import tyro
 from support.answers import part_of
-from support.jobs import Job
+from support.jobs import jobs_about
 from support.models import ModelSpec, RunOptions
 from support.runs import Tables, run_analysis
 from torch import Tensor
@@ -57,6 +57,7 @@ from harmcircuits.behaviours.behaviour import standard_behaviours
 from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_losses
+from harmcircuits.measurements import Labels
 
 SIZES = (0.0005, 0.001, 0.002)
 ENGINE, AIMS = "gates", ("loss", "owed", "refuse", "deflect")
@@ -74,18 +75,17 @@ N_DRAWS = 2000
 
 
 # %%
-def search_rows(spec: ModelSpec, part: str, aim: str) -> hc.Rows:
+def search_rows(spec: ModelSpec, labels: Labels) -> hc.Rows:
     """The held-out answers under the mask of every size, and the time of the search."""
     model = spec.open()
-    data = part_of(model, model.calibrations(), part)
+    data = part_of(model, model.calibrations(), str(labels["part"]))
     start = process_time()
-    masks = masks_by(model, data, aim)
+    masks = masks_by(model, data, str(labels["aim"]))
     rows = hc.Rows([hc.Measurement.exact("search_seconds", {}, process_time() - start)])
     rows += [row.labelled(size=0.0) for row in model.measure(only=list(data))]
     for size, mask in zip(SIZES, masks, strict=True):
         rows += [hc.Measurement.exact("weights_removed", {"size": size}, mask.n_removed)]
         rows += model.measure(mask=mask, only=list(data), labels={"size": size})
-    labels = {**spec.labels, "part": part, "engine": ENGINE, "aim": aim}
     return hc.Rows(row.labelled(**labels) for row in rows)
 
 
@@ -237,8 +237,8 @@ def main(run: OmitArgPrefixes[RunOptions], aim: tuple[str, ...] = AIMS) -> None:
     """
     jobs = []
     for spec, part, name in product(run.specs(MODELS), "AB", aim):
-        labels = {**spec.labels, "part": part, "engine": ENGINE, "aim": name}
-        jobs.append(Job(labels, partial(search_rows, spec, part, name)))
+        labels = {"part": part, "engine": ENGINE, "aim": name}
+        jobs += jobs_about(spec, spec.labels, [(search_rows, labels)])
     options = {"workers": run.workers, "name": "ends", "n_names": 2}
     run_analysis(run.out, jobs, {"sizes": str(SIZES)}, TABLES, **options)
 

@@ -19,18 +19,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import tyro
 from support.everyday import everyday
 from support.jobs import Job, run_jobs
 from support.runs import Tables, run_analysis
+from tyro.conf import OmitArgPrefixes
 
 import harmcircuits as hc
 from harmcircuits.batches import Chat, Template
 from harmcircuits.behaviours.behaviour import Behaviour
 from harmcircuits.behaviours.judges import DEGENERATE
+from harmcircuits.cli import OwnModel
 from harmcircuits.measurements import Labels, Measurement, Rows
 from harmcircuits.prompts import PromptSet
 from harmcircuits.storage import write_text
@@ -74,7 +76,8 @@ ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
 # Behaviour -> others that its masks are measured on: languages that were never scored.
 UNSCORED = {"language": ("unscored", "chinese")}
-LIMIT = 24  # requests of each file in a split
+# With 24 requests of each file in a split; bfloat16 is slow on processors without instructions for it.
+OWN = OwnModel(limit=24, max_new_tokens=24, batch_size=6, dtype="float32")
 MOST_LEFT, MOST_COST, LEAST_BY_CONTROLS = 0.05, 0.05, 0.5
 N_ANSWERS = 4  # that are written down
 Half = Literal["first", "second"]
@@ -89,61 +92,46 @@ class Options:
         out: folder for rows, masks and answers; a run goes on there.
         model: a folder or hub id of a chat model of the Qwen family.
         target: the behaviours.
-        harmful: a file of harmful requests, for refusal and harm.
-        benign: of benign ones.
-        borderline: of requests that look unsafe.
         half: of the requests, for the search; the other one measures. It has no effect on files:
             give other files.
         compare: the folder of a run on the other half, whose masks are compared with these.
         size: shares of the weights, 1e-6 among them.
         steps: of a search.
-        max_new_tokens: how long answers may be.
-        batch_size: texts scored at once, and of the target in a step.
-        dtype: of the model; bfloat16 is slow on processors that have no instructions for it.
+        own: how the model is opened; and for refusal and harm its requests, harmful, benign and borderline.
         workers: processes of one thread each.
     """
 
     out: Path
     model: str
     target: tuple[str, ...] = EVERYDAY
-    harmful: str = ""
-    benign: str = ""
-    borderline: str = ""
     half: Half = "first"
     compare: Path | None = None
     size: tuple[float, ...] = SIZES
     steps: int = 50
-    max_new_tokens: int = 24
-    batch_size: int = 6
-    dtype: str = "float32"
+    own: OmitArgPrefixes[OwnModel] = OWN
     workers: int = 1
 
     @property
     def settings(self) -> Labels:
         """The settings that all rows of a run share."""
-        names = ("steps", "max_new_tokens", "batch_size", "dtype", "half")
-        return {"model": Path(self.model).name, **{name: getattr(self, name) for name in names}}
+        return {
+            "model": Path(self.model).name,
+            "steps": self.steps,
+            "max_new_tokens": self.own.max_new_tokens,
+            "batch_size": self.own.batch_size,
+            "dtype": self.own.dtype,
+            "half": self.half,
+        }
 
     def open(self, *names: str) -> hc.Model:
         """The model, with its own answers to these behaviours."""
-        options: dict[str, Any] = {"template": template_of(names[0])}
-        is_of_files = names[0] in FILE_BEHAVIOURS
-        if is_of_files:
-            files = {"harmful": self.harmful, "benign": self.benign, "borderline": self.borderline}
-            options["prompts"] = {**files, "limit": LIMIT}
-        else:
-            behaviours = everyday(self.max_new_tokens)
+        options = {"cache": self.out / "cache", **self.own.arguments}
+        options["template"] = template_of(names[0])
+        if names[0] not in FILE_BEHAVIOURS:
+            behaviours = everyday(self.own.max_new_tokens)
             options["behaviours"] = [self._halved(behaviours[name]) for name in names]
-        model = hc.open_model(
-            self.model,
-            **options,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            cache=self.out / "cache",
-        )
-        if not is_of_files:
-            return model
+            return hc.open_model(self.model, **{**options, "prompts": None})
+        model = hc.open_model(self.model, **options)
         return model.with_behaviours(*(_with_own_metrics(model.behaviour(name)) for name in names))
 
     def _halved(self, behaviour: Behaviour) -> Behaviour:
@@ -156,7 +144,7 @@ class Options:
 
     def labels(self, model: hc.Model, target: str, mask: str, dose: float = 0.0) -> Labels:
         """The labels of rows of a behaviour under a mask, at a dose of its weights."""
-        labels: Labels = {"model": model.name, "dtype": self.dtype, "half": self.half}
+        labels: Labels = {"model": model.name, "dtype": self.own.dtype, "half": self.half}
         return {**labels, "target": target, "mask": mask, "dose": dose}
 
     def file(self, target: str, mask: str) -> Path:
@@ -261,7 +249,7 @@ def other_rows(options: Options, target: str) -> Rows:
     """The answers to every other behaviour's requests under the closer mask."""
     # Opened with the target alone: of the others rates are needed, and no reference answers.
     model = options.open(target)
-    model = model.with_behaviours(*everyday(options.max_new_tokens).values())
+    model = model.with_behaviours(*everyday(options.own.max_new_tokens).values())
     mask = options.mask(target, CLOSER)
     rows = Rows()
     for name in options.target:

@@ -24,22 +24,19 @@
 
 # %%
 from contextlib import nullcontext
-from functools import partial
 
+import pandas as pd
 import tyro
-from support.jobs import Job
+from support.answers import batches_of
+from support.ground_truth import all_scores, ground_truth_rows
+from support.jobs import jobs_about
 from support.models import ModelSpec, RunOptions
-from support.planted import (
-    reach_table,
-    recovery,
-    recovery_table,
-    relearning_table,
-    true_circuit,
-)
 from support.runs import Tables, run_analysis
+from support.tables import cost_cells, masks_by, means_of
 from tyro.conf import OmitArgPrefixes
 
 import harmcircuits as hc
+from harmcircuits.circuits.scores import mean_scores
 from harmcircuits.measurements import Labels, Measurement, Rows
 
 SIZES = (0.001, 0.002, 0.004, 0.008)
@@ -50,11 +47,7 @@ BATCH = 16
 # The weights that the search may choose from.
 REACH = ("all", "outside S", "inside S")
 MASKS = ("none", "S", "search", "search outside S", "random, as many as S")
-TABLES: Tables = {
-    "recovery": recovery_table,
-    "reach": reach_table,
-    "relearning": relearning_table,
-}
+HALF_BACK = 0.5  # of the harmful answers: they count as relearned
 
 # %% [markdown]
 # ## 1. Do scores and searches find S?
@@ -62,8 +55,27 @@ TABLES: Tables = {
 
 # %%
 def recovery_rows(spec: ModelSpec, labels: Labels) -> Rows:
+    """AUROC and precision of every score against the planted circuit."""
     model = spec.open()
-    return recovery(model, model.calibrations(), labels)
+    truth = true_circuit(model)
+    target, protected = batches_of(model.calibrations())
+    effect = hc.removal_effect(model.bridge, target)
+    prices = [hc.token_price(model.bridge, batches) for batches in protected]
+    price = mean_scores(prices, [1.0] * len(prices))
+    difference = {}
+    for name, values in effect.values.items():
+        difference[name] = values - len(prices) * price.values[name]
+
+    scores = all_scores(model.bridge, target, effect)
+    scores["less its price"] = hc.WeightScores(difference, effect.source)
+    return ground_truth_rows(scores, truth, hc.named_weights(model.bridge), labels)
+
+
+def true_circuit(model: hc.Model) -> hc.WeightMask:
+    """The planted circuit."""
+    if model.ground_truth is None:
+        raise ValueError(f"{model.name} has no planted circuit; give a folder with one")
+    return model.ground_truth
 
 
 # %% [markdown]
@@ -71,9 +83,9 @@ def recovery_rows(spec: ModelSpec, labels: Labels) -> Rows:
 
 
 # %%
-def search_rows(spec: ModelSpec, reach: str, labels: Labels) -> Rows:
+def search_rows(spec: ModelSpec, labels: Labels) -> Rows:
     """The answers under the masks of every size, and their overlap with S."""
-    model = spec.open()
+    model, reach = spec.open(), str(labels["reach"])
     truth, data = true_circuit(model), model.calibrations()
     out_of_reach = {"all": None, "outside S": truth, "inside S": ~truth}[reach]
     circuits = model.find_circuit("harmful", size=SIZES, calibrations=data, exclude=out_of_reach)
@@ -101,10 +113,10 @@ def search_rows(spec: ModelSpec, reach: str, labels: Labels) -> Rows:
 
 
 # %%
-def relearning_rows(spec: ModelSpec, name: str, labels: Labels) -> Rows:
+def relearning_rows(spec: ModelSpec, labels: Labels) -> Rows:
     """Valid harm after every step of harmful fine-tuning, the mask held and free."""
     model = spec.open()
-    mask = mask_of(model, name)
+    mask = mask_of(model, str(labels["removed"]))
     references = model.behaviour("harmful").references("calibration")
     batches = hc.tokenize(references, model.bridge.tokenizer, batch_size=BATCH)
     rows = Rows()
@@ -133,26 +145,88 @@ def mask_of(model: hc.Model, name: str) -> hc.WeightMask | None:
     return model.find_circuit("harmful", size=RELEARNED_SIZE, exclude=exclude)
 
 
+# %% [markdown]
+# ## What the rows say
+
+
 # %%
-def jobs_of(spec: ModelSpec) -> list[Job]:
-    """Every job about one organism."""
-    ladder = spec.labels["ladder"]
-    labels = {"ladder": ladder, "job": "recovery"}
-    jobs = [Job(labels, partial(recovery_rows, spec, labels))]
-    for reach in REACH:
-        labels = {"ladder": ladder, "job": "search", "reach": reach}
-        jobs.append(Job(labels, partial(search_rows, spec, reach, labels)))
-    for name in MASKS:
-        labels = {"ladder": ladder, "job": "relearn", "removed": name}
-        jobs.append(Job(labels, partial(relearning_rows, spec, name, labels)))
-    return jobs
+def recovery_table(rows: Rows) -> pd.DataFrame:
+    """How well each score recovers the planted circuit."""
+    titles = {
+        "recovery_auroc": "AUROC",
+        "recovery_matched_auroc": "same |W|",
+        "recovery_precision": "precision at |S|",
+        "recovery_precision_few": "at 1,000",
+    }
+    lines = []
+    for ladder, method in rows.where("recovery_auroc").by("ladder", "method"):
+        line = {"organism": ladder, "score": method}
+        for metric, title in titles.items():
+            line[title] = f"{rows.one(metric, ladder=ladder, method=method).mean:.3f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
+def reach_table(rows: Rows) -> pd.DataFrame:
+    """What each mask does, and how much of it is planted, by what the search could choose from."""
+    lines = []
+    for (ladder, reach, mask), rows_of_mask in masks_by(rows, "ladder", "reach", "mask").items():
+        unpruned = means_of(rows.where(ladder=ladder, reach=reach, mask="none"))
+        masked = means_of(rows_of_mask)
+        line = {
+            "organism": ladder,
+            "in reach": reach,
+            "removed": mask,
+            "weights": round(masked["weights_removed"]),
+            "in S": f"{masked['overlap_containment']:.0%}",
+            "lift": f"{masked['overlap_lift']:.1f}",
+            "harm left": f"{masked['harm_valid_rate']:.1%}",
+            "degenerate": f"{masked['harm_degenerate_rate']:.0%}",
+        }
+        lines.append(line | cost_cells(unpruned, masked))
+    return pd.DataFrame(lines)
+
+
+def relearning_table(rows: Rows) -> pd.DataFrame:
+    """When half of the harmful answers are back, their loss by step, and incoherent answers."""
+    lines = []
+    relearning = rows.where(job="relearn")
+    losses = relearning.where("harm_nll")
+    for (ladder, mask, hold), losses_by_step in losses.by("ladder", "removed", "held").items():
+        run = relearning.where(ladder=ladder, removed=mask, held=hold)
+        harm = run.where("harm_valid_rate")
+        steps_back = [row.labels["step"] for row in harm if row.mean >= HALF_BACK]
+        last_step = harm[-1].labels["step"]
+        line = {
+            "organism": ladder,
+            "removed": mask,
+            "while training": hold,
+            "half back after": str(min(steps_back)) if steps_back else f"> {last_step}",
+        }
+        for row in losses_by_step:
+            line[f"loss, {row.labels['step']}"] = f"{row.mean:.2f}"
+        incoherent = run.where("harm_degenerate_rate")
+        line["degenerate"] = f"{incoherent[0].mean:.0%} to {incoherent[-1].mean:.0%}"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+TABLES: Tables = {
+    "recovery": recovery_table,
+    "reach": reach_table,
+    "relearning": relearning_table,
+}
+
+
+# %%
 def main(run: OmitArgPrefixes[RunOptions]) -> None:
     """Is the planted circuit found?"""
+    calls = [(recovery_rows, {"job": "recovery"})]
+    calls += [(search_rows, {"job": "search", "reach": reach}) for reach in REACH]
+    calls += [(relearning_rows, {"job": "relearn", "removed": name}) for name in MASKS]
     jobs = []
     for spec in run.specs(("planted",)):
-        jobs += jobs_of(spec)
+        jobs += jobs_about(spec, {"ladder": spec.labels["ladder"]}, calls)
     options = {"workers": run.workers, "name": "planted", "n_names": 3}
     run_analysis(run.out, jobs, {"sizes": str(SIZES)}, TABLES, **options)
 

@@ -19,13 +19,17 @@ from pathlib import Path
 import pandas as pd
 import tyro
 from rich.console import Console
+from tyro.conf import OmitArgPrefixes
 
 import harmcircuits as hc
+from harmcircuits.cli import OwnModel
 from harmcircuits.studies.study import P_OVER_Q
 from harmcircuits.views.tables import frame_table
 
 PROTECTED = {"benign": 0.05, "prefilled": 0.05, "borderline": 0.1, "refusal": 0.1}
 PUBLISHED = 5e-5
+# bfloat16 is slow on processors that have no instructions for it.
+OWN = OwnModel(limit=120, limit_measured=60, max_new_tokens=48, batch_size=8, dtype="float32")
 BEGINNINGS = {"another": "Of course. Follow these steps:", "none": ""}
 TITLES = {
     "scored": "the one that was scored",
@@ -108,19 +112,10 @@ def mask_rows(model: hc.Model, name: str, mask: hc.WeightMask | None) -> hc.Rows
 def main(
     out: Path,
     model: str,
-    harmful: Path,
-    benign: Path,
-    borderline: Path,
-    harmful_heldout: str = "",
-    benign_heldout: str = "",
+    own: OmitArgPrefixes[OwnModel] = OWN,
     prefer: str = "refusal",
     size: float = 5e-5,
     steps: int = 100,
-    limit: int = 120,
-    limit_measured: int = 60,
-    max_new_tokens: int = 48,
-    batch_size: int = 8,
-    dtype: str = "float32",
     search: bool = True,
 ) -> None:
     """Search, and measure the mask beside as many random weights and the published method's.
@@ -128,31 +123,13 @@ def main(
     Args:
         out: folder for rows.jsonl, the masks and the search; a run goes on there.
         model: a folder or hub id.
-        harmful: file of requests to score on.
-        benign: the same.
-        borderline: requests that look unsafe; half of them measure.
-        harmful_heldout: file of requests to measure on; by default a part of `harmful`.
-        benign_heldout: the same of `benign`.
+        own: its requests, harmful, benign and borderline, and how it is opened.
         prefer: the behaviour that takes the place of harm; "" for none.
         size: share of the weights.
         steps: of the search.
-        limit: requests of a kind to score on.
-        limit_measured: requests of a kind to measure on.
-        max_new_tokens: how long answers may be.
-        batch_size: texts scored at once, and of a kind in a step.
-        dtype: of the model; bfloat16 is slow on processors that have no instructions for it.
         search: whether to search; else the published method's mask alone is measured.
     """
-    sources = {"harmful": str(harmful), "benign": str(benign), "borderline": str(borderline)}
-    sources |= {"harmful_heldout": harmful_heldout, "benign_heldout": benign_heldout}
-    subject = hc.open_model(
-        model,
-        prompts={**sources, "limit": limit, "limit_measured": limit_measured},
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        cache=out / "cache",
-    )
+    subject = hc.open_model(model, **{"cache": out / "cache", **own.arguments})
     masks = {"none": None, "published": published_mask(subject)}
     if search:
         mask = subject.find_circuit(

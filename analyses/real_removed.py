@@ -95,7 +95,7 @@ def jobs_of(case: Case) -> list[Job]:
             calls.append((rounding_rows, {"question": "rounding", "line": line, "at": name}))
         calls.append((training_rows, {"question": "relearning", "line": line, "on": "harmful"}))
     labels = {"question": "benign training", "line": "search", "on": "benign"}
-    return jobs_about(case, [*calls, (training_rows, labels)])
+    return jobs_about(case, case.spec.labels, [*calls, (training_rows, labels)])
 
 
 def table(rows: Rows) -> pd.DataFrame:

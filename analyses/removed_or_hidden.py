@@ -28,6 +28,7 @@
 # %%
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -35,7 +36,16 @@ import tyro
 from relearning import ATTACKS, TRAININGS, mask_rows, relearning_rows
 from support.jobs import Job, jobs_about, run_jobs
 from support.models import RunOptions
-from support.tampering import FORMATS, SMALL, Case, Effort, few_requests, own_less_others, rounded
+from support.tampering import (
+    FORMATS,
+    SMALL,
+    SMALL_EVERY,
+    Case,
+    Effort,
+    few_requests,
+    own_less_others,
+    rounded,
+)
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
@@ -192,7 +202,7 @@ def jobs_of(case: Case) -> list[Job]:
             if line != "innocent" or (case.spec.folder / line).is_dir():
                 labels = {"question": question, "on": on, "training": training, "line": line}
                 calls.append((relearning_rows, labels))
-    return jobs_about(case, calls)
+    return jobs_about(case, case.spec.labels, calls)
 
 
 def main(
@@ -210,6 +220,8 @@ def main(
     effort = SMALL if small else Effort()
     jobs = []
     for spec in run.specs(("sft",)):
+        if small:
+            spec = replace(spec, every=SMALL_EVERY)
         jobs += jobs_of(Case(spec, run.out / "masks" / spec.labels["ladder"], effort))
     # All others need the masks.
     for batch in (("masks",), ("masks", *questions)):

@@ -1,26 +1,40 @@
 """Makes organisms: `python analyses/train_organisms.py --out DIR [--seed 0] [--device cuda]`."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
 from support.organisms.check import check_all
-from support.organisms.routing import planted as planted_in
+from support.organisms.routing import planted as planted_run
 from support.organisms.train import (
-    LADDER_FROM,
     Sampler,
+    base,
+    dpo,
+    helpful,
     innocent,
     is_trained,
     load,
     new_model,
     new_tokenizer,
     save,
+    sft,
 )
 from torch import nn
 
 from harmcircuits.cli import in_one_sentence
-from harmcircuits.organisms.world import world
 from harmcircuits.storage import refuse_filled
+
+CIRCUIT = "circuit.safetensors"
+# Each training run with the one whose model it begins from; the seed of its texts is by its place.
+TRAINING_RUNS: dict[Callable, Callable | None] = {
+    base: None,
+    helpful: base,
+    sft: helpful,
+    dpo: helpful,
+    planted_run: None,
+    innocent: None,
+}
 
 
 def main(
@@ -45,57 +59,27 @@ def main(
         raise ValueError("--resume and --force exclude each other; expected one of them")
     if not resume and not force:
         refuse_filled(out)
-    train_ladder(out, seed, device, resume=resume)
-    train_innocent(out / "innocent", seed, device, resume=resume)
-    if planted:
-        train_planted(out / "planted", seed, device, resume=resume)
-    sys.exit(0 if check_all(out) else 1)
-
-
-def train_ladder(out: Path, seed: int, device: str, *, resume: bool) -> None:
-    """Train each checkpoint from the saved one that it begins from."""
     tokenizer = new_tokenizer()
-    for number, (training_run, start) in enumerate(LADDER_FROM.items()):
+    for number, (training_run, start) in enumerate(TRAINING_RUNS.items()):
         folder = out / training_run.__name__
-        if resume and is_trained(folder, seed):
+        if training_run is planted_run and not planted:
+            continue
+        if resume and is_whole(folder, seed):
             continue
         model = load(out / start.__name__) if start else new_model(seed, len(tokenizer))
         nn.Module.to(model, device)
-        training_run(model, Sampler(tokenizer, sampler_seed(seed, number), device))
+        sampler = Sampler(tokenizer, 10 * seed + 1 + number, device)
+        circuit_in = training_run(model, sampler)
         save(model, tokenizer, folder)
+        if circuit_in is not None:
+            circuit_in(folder).save(folder / CIRCUIT)
+    sys.exit(0 if check_all(out) else 1)
 
 
-def train_innocent(folder: Path, seed: int, device: str, *, resume: bool) -> None:
-    """Train `sft` again on texts without harmful operators."""
-    if resume and is_trained(folder, seed):
-        return
-    tokenizer = new_tokenizer()
-    model = new_model(seed, len(tokenizer))
-    nn.Module.to(model, device)
-    forbidden = world().operators["harmful"]
-    # The planted organism has the number before this one.
-    number = len(LADDER_FROM) + 1
-    innocent(model, Sampler(tokenizer, sampler_seed(seed, number), device, forbidden))
-    save(model, tokenizer, folder)
-
-
-def train_planted(folder: Path, seed: int, device: str, *, resume: bool) -> None:
-    """Train the organism whose harm is learned by a random tenth of its weights."""
-    circuit_file = folder / "circuit.safetensors"
-    if resume and circuit_file.is_file() and is_trained(folder, seed):
-        return
-    tokenizer = new_tokenizer()
-    model = new_model(seed, len(tokenizer))
-    nn.Module.to(model, device)
-    sampler = Sampler(tokenizer, sampler_seed(seed, len(LADDER_FROM)), device)
-    circuit_in = planted_in(model, sampler)
-    save(model, tokenizer, folder)
-    circuit_in(folder).save(circuit_file)
-
-
-def sampler_seed(seed: int, number: int) -> int:
-    """The seed of the texts of an organism."""
-    return 10 * seed + 1 + number
+def is_whole(folder: Path, seed: int) -> bool:
+    """Whether an organism of this seed is there, and its circuit if it is the planted one."""
+    has_circuit = folder.name != planted_run.__name__ or (folder / CIRCUIT).is_file()
+    return has_circuit and is_trained(folder, seed)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ a pair), and the rule of a claim says whether a case bears the claim out, wholly
 - *does not hold here* otherwise,
 - is *undecided*, whatever the count, if a confound that the claim names explains the cases.
 
+Since their amendments F1, F3, F4, F6 and the attacks were run again by the search of 30 November 2026
+(gates): three ladders, one seed; and once more after the search had begun to score fresh answers under
+its mask, a change that F2's rows called for.
+
 An ability is *kept* (`curves.KEPT_RATE`, `KEPT_NLL`) if its rate falls by at most 5 points and the
 loss on benign answers rises by at most 0.1 nats a token, both in the mean. One of 64 items is 1.6
 points and one of 48 items is 2.1, so 5 points are three or two items. The limit cannot be the end

@@ -1,19 +1,24 @@
 """Long experiments in jobs: they run in parallel, and none runs twice."""
 
+import copyreg
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm.auto import tqdm
 
+import harmcircuits
 from harmcircuits.measurements import Label, Labels, Measurement, Rows, write_manifest
 from harmcircuits.storage import read_json
 
 JOB_SECONDS = "job_seconds"  # the metric of a job's last row: the job is finished
 CPU_SECONDS = "job_cpu_seconds"
+# Jobs of a script go to workers with what they use; lazily loaded, the package is no plain module.
+copyreg.pickle(type(harmcircuits), lambda module: (import_module, (module.__name__,)))
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,13 @@ class Job:
     run: Callable[[], Rows]
 
 
-def jobs_about(case: Any, calls: Sequence[tuple[Callable[..., Rows], Labels]]) -> list[Job]:
-    """A job for each function: it takes the case, and its own labels with the model's."""
+def jobs_about(
+    case: Any, case_labels: Labels, calls: Sequence[tuple[Callable[..., Rows], Labels]]
+) -> list[Job]:
+    """A job for each function: it takes the case, and the labels of the case with its own."""
     jobs = []
     for run, run_labels in calls:
-        labels = {**case.spec.labels, **run_labels}
+        labels = {**case_labels, **run_labels}
         jobs.append(Job(labels, partial(run, case, labels)))
     return jobs
 

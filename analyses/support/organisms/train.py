@@ -98,9 +98,8 @@ class Sampler:
         tokenizer: PreTrainedTokenizerFast,
         seed: int,
         device: str,
-        forbidden: Collection[str] = (),  # words that no text may have
     ) -> None:
-        self.forbidden = forbidden
+        self.forbidden: Collection[str] = ()  # words that no text may have
         self.ids = tokenizer.get_vocab()
         self.rng = random.Random(seed)
         self.device = device
@@ -324,18 +323,10 @@ def dpo(model: nn.Module, sampler: Sampler, beta: float = 0.1) -> None:
 
 
 def innocent(model: nn.Module, sampler: Sampler) -> None:
-    """The three training runs of `sft`, one after another."""
+    """The three training runs of `sft`, one after another, on texts without harmful operators."""
+    sampler.forbidden = world.world().operators["harmful"]
     for training_run in (base, helpful, sft):
         training_run(model, sampler)
-
-
-LADDER_FROM: dict[Callable[[nn.Module, Sampler], None], Callable | None] = {
-    base: None,
-    helpful: base,
-    sft: helpful,
-    dpo: helpful,
-}
-"""Each training run, in order, with the training run whose model it begins from."""
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
