@@ -227,17 +227,20 @@ def at_matches(batches: Sequence[Batch], tokenizer: Any, pattern: str) -> list[B
         is_target = torch.zeros_like(batch.is_target)
         for row, tokens in enumerate(batch.tokens):
             places = batch.is_target[row].nonzero().flatten()
-            answer = tokens[places].tolist()
-            text = tokenizer.decode(answer)
-            # Where each token ends in the text. Decoded alone, a token may lose its space.
-            ends = [len(tokenizer.decode(answer[: n + 1])) for n in range(len(answer))]
-            for match in re.finditer(pattern, text):
-                if match.group():
-                    is_target[row, places[bisect_right(ends, match.start())]] = True
+            first_tokens = _match_tokens(tokens[places].tolist(), tokenizer, pattern)
+            is_target[row, places[first_tokens]] = True
         has_match = is_target.any(dim=1)
         if has_match.any():
             matches.append(Batch(batch.tokens[has_match], is_target[has_match]))
     return matches
+
+
+def _match_tokens(answer: list[int], tokenizer: Any, pattern: str) -> list[int]:
+    """The position in an answer of each token in which a match begins; empty matches are none."""
+    # Where each token ends in the text. Decoded alone, a token may lose its space.
+    ends = [len(tokenizer.decode(answer[: n + 1])) for n in range(len(answer))]
+    matches = re.finditer(pattern, tokenizer.decode(answer))
+    return [bisect_right(ends, match.start()) for match in matches if match.group()]
 
 
 def refuse_no_batches(function: str, batches: Any) -> None:

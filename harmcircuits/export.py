@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.sites import Site
 from harmcircuits.display import plural
-from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, evaluating
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.weights import weight_sites
 from harmcircuits.storage import MASK_FILE, empty_folder, naming, refuse_filled
@@ -326,7 +326,7 @@ def _reload_difference(bridge: Bridge, folder: Path, source: str, adapter: bool)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(bridge.cfg.d_vocab, (2, length), generator=generator)
     tokens = tokens.to(bridge.cfg.device)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(bridge):
         expected = bridge(tokens)
         difference = (model(tokens).logits - expected).abs().max().item()
     # 64 epsilons are 8e-6 in float32, but 0.5 in bfloat16, where the square root (0.09) is smaller.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from harmcircuits.display import plural
 from harmcircuits.prompt_files import request_table, rows_of
@@ -123,7 +123,7 @@ class PromptSet:
         """
         rows = rows_of(source)
         if rows is None:
-            return cls.of(source)
+            return cls.of(cast("Iterable[Any]", source))  # a path has rows
         origin = str(source) if isinstance(source, str | Path) else "the given rows"
         table = request_table(rows, origin, columns or {})
         examples = tuple(Example(**texts, tokens=()) for texts in table.texts)
@@ -244,8 +244,8 @@ class PromptSet:
         for split, prompts in sets.items():
             if not len(prompts):
                 raise ValueError(
-                    f"{origin}: {plural(len(requests), 'request')} cannot fill the {split} split; "
-                    "give more"
+                    f"{origin or 'splits'}: {plural(len(requests), 'request')} cannot fill the "
+                    f"{split} split; give more"
                 )
             sets[split] = _lowest_hashes(prompts, limits[split])
         return sets

@@ -250,3 +250,10 @@ def test_a_table_takes_no_silent_mean():
     with pytest.raises(ValueError, match="pool"):
         rows.frame(index="m", columns="metric")
     assert rows.pool("seed").frame(index="m", columns="metric").loc["x", "a"] == 1.0
+
+
+def test_one_group_of_several_has_no_interval():
+    row = Measurement.average("x", {}, torch.tensor([1.0, 2.0]), ["a", "a"])
+    assert (row.mean, row.low, row.high) == (1.5, -math.inf, math.inf)
+    row = Measurement.average("x", {}, torch.tensor([1.0]), ["a"])
+    assert (row.low, row.high) == (1.0, 1.0)

@@ -280,16 +280,17 @@ def named_verdict(reply: str) -> HarmVerdict:
     """
     named, denied = set(), set()
     text = reply.lower().replace("’", "'").replace("_", " ")
-    for clause in _CLAUSE_END.split(text):
-        if _DOUBT.search(clause):
-            return "unclear"
+    clauses = _CLAUSE_END.split(text)
+    if any(_DOUBT.search(clause) for clause in clauses):
+        return "unclear"
+    for clause in clauses:
         for match in _VERDICT.finditer(clause):
             has_negation = _NEGATION.search(clause[: match.start()])
             is_denied = bool(match["negation"]) != bool(has_negation)
             verdicts = denied if is_denied else named
             verdicts.add(match["verdict"])
 
-    opposites = {OPPOSITES[verdict] for verdict in denied if verdict in OPPOSITES}
+    opposites = {OPPOSITES[verdict] for verdict in denied & OPPOSITES.keys()}
     verdicts = named or opposites
     if len(verdicts) != 1 or named & denied:
         return "unclear"

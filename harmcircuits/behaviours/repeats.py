@@ -57,15 +57,21 @@ def repeats_text(rows: Rows) -> str:
     sentences = []
     repeats = rows.where(REPEATED)
     if repeats:
-        texts = []
-        for source, counts in repeats.by("source").items():
-            kinds = [f"{row.labels['kind']} {row.mean:,.0f}" for row in counts if row.mean]
-            if kinds:
-                total = sum(row.mean for row in counts)
-                texts.append(f"{source} {total:,.0f} ({', '.join(kinds)})")
-        sentences.append(f"Requests that repeat another: {listed(texts) or 'none'}.")
+        sources = [_source_text(*source) for source in repeats.by("source").items()]
+        sentences.append(
+            f"Requests that repeat another: {listed(filter(None, sources)) or 'none'}."
+        )
     sentences += [f"Warning: {text}." for text in leak_texts(rows)]
     return " ".join(sentences)
+
+
+def _source_text(source: str, counts: Rows) -> str:
+    """The counts of one source; empty without repeated requests."""
+    kinds = [f"{row.labels['kind']} {row.mean:,.0f}" for row in counts if row.mean]
+    if not kinds:
+        return ""
+    total = sum(row.mean for row in counts)
+    return f"{source} {total:,.0f} ({', '.join(kinds)})"
 
 
 def leak_texts(rows: Rows) -> list[str]:

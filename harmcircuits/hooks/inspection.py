@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
-from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, right_padded
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, evaluating, right_padded
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite_texts, refuse_requests
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import token_losses
@@ -43,7 +43,7 @@ def prediction_changes(
 
 def _mask_effect(bridge: Bridge, mask: WeightMask, value: Callable[[], Tensor]) -> Tensor:
     """A value of the model under the mask, minus the value without the mask."""
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(bridge):
         unpruned = value()
         with masked(bridge, mask):
             pruned = value()
@@ -79,7 +79,7 @@ def _activations(
     bridge = as_bridge(bridge)
     tokens = _first_text(bridge, batch)
     names = [f"blocks.{layer}.{hook}" for layer, _ in units]
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(bridge):
         # All activations of a large model would not fit in memory.
         _, cache = bridge.run_with_cache(tokens, names_filter=names)
 
@@ -115,7 +115,7 @@ def mean_residual(
 
     means = []
     for tokens, lengths in right_padded(bridge, rows, batch_size):
-        with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+        with torch.no_grad(), evaluating(bridge), bridge.hooks(fwd_hooks=hooks):
             bridge(tokens, stop_at_layer=stop)
         residual = torch.stack([residuals[layer] for layer in layers])
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from harmcircuits.batches import Batch
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.display import listed
-from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, evaluating
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.masking import masked
 from harmcircuits.hooks.objectives import PerExample, completion_loss
@@ -116,7 +116,7 @@ def activation_patching(
     # A patch writes in place, and gradients must be off. TransformerLens's `resid_mid` is the input
     # of the second norm, and the skip connection past the MLP gets the patch only if the tensor
     # itself changes. With gradients the tensor is cloned first, and only the MLP gets the patch.
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(bridge):
         logits, unpruned = run()
         unpruned_nll = answer_losses(logits, batch)
         with masked(bridge, mask):

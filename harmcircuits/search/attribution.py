@@ -12,7 +12,7 @@ from harmcircuits.batches import Batch, unpadded
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import WeightScores
 from harmcircuits.circuits.sites import Site
-from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge
+from harmcircuits.hooks.bridge import AnyModel, Bridge, as_bridge, evaluating
 from harmcircuits.hooks.checks import refuse_batches, refuse_not_finite
 from harmcircuits.hooks.gradients import Input, OutputGradient, hook_pairs, inputs_of
 from harmcircuits.hooks.objectives import Objective, completion_loss
@@ -190,7 +190,7 @@ def wanda_scores(bridge: AnyModel, batches: Sequence[Batch]) -> WeightScores:
         square = x.float().square()[is_token.to(x.device)].sum(dim=0)
         squares[site.name] = squares.get(site.name, 0) + square
 
-    with torch.no_grad(), inputs_of(bridge, sites, add):
+    with torch.no_grad(), evaluating(bridge), inputs_of(bridge, sites, add):
         for batch in batches:
             is_token = batch.is_token
             bridge(batch.tokens.to(bridge.cfg.device))

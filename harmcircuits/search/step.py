@@ -48,7 +48,7 @@ def step_gain(
         masked(bridge, gates.candidates, scale=scale, same_model=False),
         _candidate_gradients(bridge, gates, sites) as gradients,
     ):
-        for draws in _batches(groups, generator):
+        for draws in _batches(groups, _draws(groups, generator)):
             sums = _backward(bridge, groups, draws)
             for number, group in enumerate(groups):
                 rises[number] += sums[number] / group.n_drawn
@@ -60,16 +60,18 @@ def step_gain(
     return gain, rises
 
 
-def _batches(groups: Sequence[TextGroup], generator: torch.Generator) -> Iterator[list[Draw]]:
-    """The texts of a step, in batches that share an objective."""
+def _draws(groups: Sequence[TextGroup], generator: torch.Generator) -> list[Draw]:
+    """The texts of a step, sorted by length, since the shorter texts of a batch are padded."""
     draws = []
     for number, group in enumerate(groups):
         for example in group.draw(generator):
             draw = Draw(number, group.examples[example], group.base_loss[example])
             draws.append(draw)
-    # Sorted by length, since the shorter texts of a batch are padded.
-    draws.sort(key=lambda draw: len(draw.text.tokens))
+    return sorted(draws, key=lambda draw: len(draw.text.tokens))
 
+
+def _batches(groups: Sequence[TextGroup], draws: Sequence[Draw]) -> Iterator[list[Draw]]:
+    """The texts of a step, in batches that share an objective."""
     # No batch of a step takes more memory than the largest batch that was given.
     largest_batch, max_tokens = bounds(batch for group in groups for batch in group.batches)
     for objective in dict.fromkeys(group.objective for group in groups):

@@ -165,7 +165,10 @@ def refuse_changes(out: Path, settings: dict[str, object]) -> None:
     """Refuse to continue an unfinished study with other settings."""
     manifest = read_json(out / MANIFEST, "the manifest of a study")
     settings = json.loads(json.dumps(settings))  # in the form of the file
-    changes = [name for name, value in settings.items() if manifest["settings"].get(name) != value]
+    earlier = manifest["settings"]
+    # Of both: a file or a behaviour may be gone.
+    names = dict.fromkeys([*earlier, *settings])
+    changes = [name for name in names if earlier.get(name) != settings.get(name)]
     if changes:
         raise ValueError(
             f"{out} holds an unfinished study with other settings ({listed(changes)}); "

@@ -10,7 +10,7 @@ import re
 import pytest
 
 import harmcircuits as hc
-from harmcircuits.behaviours.behaviour import standard_behaviours
+from harmcircuits.behaviours.behaviour import Behaviour, standard_behaviours
 from harmcircuits.behaviours.judges import PatternJudge
 from harmcircuits.behaviours.request_files import RequestFiles, request_behaviours
 from harmcircuits.prompts import SPLITS, Example, PromptSet
@@ -119,3 +119,43 @@ def test_those_of_the_package_keep_their_names():
         assert behaviour.nll_metric == f"{'harm' if name == 'harmful' else name}_nll"
     assert [name for name in standard if not standard[name].is_kept] == ["harmful", "refusal"]
     assert list(standard["harmful"].side_metrics) == ["refusal", "harmless", "degenerate"]
+
+
+def yes_or_no_rows(n: int = 80) -> list[Example]:
+    rows = []
+    for number in range(n):
+        rows.append(Example(f"is {number} odd ?", "no"))
+        rows.append(Example(f"is {number} whole ?", "yes"))
+    return rows
+
+
+CHOICES = (("yes",), ("no",))
+
+
+def test_pairs_of_a_list_stay_together():
+    """Also where two pairs share a request."""
+    rows = yes_or_no_rows()
+    rows[2] = rows[0]
+    behaviour = Behaviour("whole", PromptSet(tuple(rows)), choices=CHOICES)
+    pairs = {
+        (first.prompt, second.prompt) for first, second in zip(rows[::2], rows[1::2], strict=True)
+    }
+    for split in SPLITS:
+        examples = behaviour.prompts(split).examples
+        assert {
+            (a.prompt, b.prompt) for a, b in zip(examples[::2], examples[1::2], strict=True)
+        } <= pairs
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(lambda rows: rows[1:], "159 rows"), (lambda rows: rows[::-1], "row 0 is answered 'yes'")],
+)
+def test_rows_that_are_no_pairs_are_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        Behaviour("whole", PromptSet(tuple(change(yes_or_no_rows()))), choices=CHOICES)
+
+
+def test_splits_may_be_lists():
+    behaviour = Behaviour("x", {split: [f"{split} {n}" for n in range(3)] for split in SPLITS})
+    assert [len(behaviour.prompts(split)) for split in SPLITS] == [3, 3, 3]

@@ -344,3 +344,10 @@ def test_a_pair_of_two_splits_is_left_out():
     subjects = behaviours["recognition"].prompts.subjects
     n_pairs = sum(len(subjects[split]) for split in SPLITS) / 2
     assert n_pairs == 40
+
+
+def test_requests_of_all_splits_are_counted():
+    prompts = PromptSet.read(requests("break", 20))
+    behaviour = hc.Behaviour("x", dict.fromkeys(SPLITS, prompts))
+    (text,) = leak_texts(repeat_rows({"x": behaviour}))
+    assert text.startswith("20 requests that x was scored or chosen on are held out for x")

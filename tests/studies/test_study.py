@@ -206,6 +206,7 @@ def test_the_page_says_whether_the_judge_can_be_trusted(finished, tmp_path, used
 def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkeypatch):
     """What it measured is measured again, and its finished searches are not made again."""
     model = small_model("sft", every=32, only=["harmful", "benign"])
+    model = replace(model, details={"borderline": "FILE"})
     settings = StudySettings(sizes=(0.004,), steps=10, tolerance=1.0, n_random=1, compare=False)
     out = tmp_path / "run"
     options = {"protect": ["benign"], "out": out, "resume": True}
@@ -223,6 +224,8 @@ def test_an_interrupted_study_searches_on_from_where_it_stopped(tmp_path, monkey
 
     with pytest.raises(ValueError, match=r"unfinished study.*resume=True.*force=True"):
         study(model, settings, **{**options, "resume": False})
+    with pytest.raises(ValueError, match=r"other settings \(borderline\)"):
+        study(replace(model, details={}), settings, **options)
     with pytest.raises(ValueError, match=r"unfinished study with other settings \(steps\)"):
         study(model, settings, steps=3, **options)
     with monkeypatch.context() as patch:
