@@ -188,7 +188,7 @@ class PromptSet:
                 sample.add((category, name))
         return self.where(lambda example: ((example.category, example.cluster) in sample) != rest)
 
-    def joined(self) -> "PromptSet":
+    def with_merged_clusters(self) -> "PromptSet":
         """The same examples; requests with the same words (see `plain_text`) share a group.
 
         Two groups with such a request in common become one group. It keeps the name of the group
@@ -227,7 +227,7 @@ class PromptSet:
             ValueError: a split without requests.
         """
         first = heldout or ()
-        examples = PromptSet((*first, *self)).joined()
+        examples = PromptSet((*first, *self)).with_merged_clusters()
         heldout_examples = examples[: len(first)]
         clusters = {example.cluster for example in heldout_examples}
         requests = examples[len(first) :].where(lambda example: example.cluster not in clusters)

@@ -20,10 +20,10 @@ from harmcircuits.behaviours.probe import Probe
 from harmcircuits.circuits.masks import WeightMask
 from harmcircuits.circuits.scores import Source, WeightScores
 from harmcircuits.measurements import Measurement, Rows
-from harmcircuits.search import circuit
 from harmcircuits.search.attribution import removal_effect
 from harmcircuits.search.circuit import find_circuit
 from harmcircuits.search.descent import Search
+from harmcircuits.search.folder import SearchFolder
 from harmcircuits.storage import append_lines, mapped_copy, read_json, read_lines, read_text
 from harmcircuits.views.page import write_page
 
@@ -217,13 +217,13 @@ def test_scores_and_sums_are_on_disk_under_a_bound_only(llama, temporary, monkey
 
     sums = []
 
-    def save(search: Search, folder: Path) -> None:
+    def save(folder: SearchFolder, search: Search) -> None:
         slopes = search.benefits.slopes.totals.values()
         sums.extend(is_mapped(value, temporary) for value in slopes)
-        plain_save(search, folder)
+        plain_save(folder, search)
 
-    plain_save = circuit.save
-    monkeypatch.setattr(circuit, "save", save)
+    plain_save = SearchFolder.save
+    monkeypatch.setattr(SearchFolder, "save", save)
     options = {"size": 0.05, "steps": 2, "folder": temporary / "walk"}
     find_circuit(llama, TARGET, [SPARED], max_memory=8000, **options)
     assert sums and all(sums)

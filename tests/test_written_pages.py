@@ -75,7 +75,7 @@ def test_the_results_page_quotes_losses_of_the_study():
     alone, search = (
         mean(line, "benign_kl") for line in ("search, only benign protected", "search")
     )
-    assert f"(KL {alone:.3f} instead of {search:.3f})" in text
+    assert f"KL on benign answers {alone:.3f}, with all protected {search:.3f})" in text
     predicted = mean("search", "predicted_loss_change")
     rise = mean("search", "measured_loss_change")
     assert f"falls by {-predicted:.2f}; it rises by {rise:.2f}" in text

@@ -135,13 +135,13 @@ class Behaviour:
     part_of: str = ""
 
     def __post_init__(self) -> None:
-        wanted = self.wanted or self.name
+        wanted_verdict = self.wanted or self.name
         metrics = {RATE_KEY: f"{self.name}_rate", NLL_KEY: f"{self.name}_nll", **self.metrics}
         judge = self.judge
         if isinstance(judge, str):
-            judge = PatternJudge(re.compile(judge), wanted, self.prefill)
+            judge = PatternJudge(re.compile(judge), wanted_verdict, self.prefill)
         prompts = _split_function(self.prompts, self.choices, f"behaviour {self.name!r}")
-        vars(self).update(prompts=prompts, judge=judge, wanted=wanted, metrics=metrics)
+        vars(self).update(prompts=prompts, judge=judge, wanted=wanted_verdict, metrics=metrics)
 
     def __repr__(self) -> str:
         return f"Behaviour({self.name}: {self.metric}, shown by {self.wanted!r})"

@@ -218,15 +218,15 @@ def find_circuit(
 
 def _run(search: Search, folder: str | Path | None, progress: bool) -> None:
     """Run all stages that a search has not run, and save it after each."""
-    stored = SearchFolder.of(search, folder) if folder is not None else None
-    if stored:
-        stored.resume(search)
+    search_folder = SearchFolder.of(search, folder) if folder is not None else None
+    if search_folder:
+        search_folder.resume(search)
     stages = range(search.stage, search.schedule.n_stages)
     bar = {"desc": "search", "initial": search.stage, "total": search.schedule.n_stages}
     for _ in tqdm(stages, **bar, disable=not progress, leave=False):
         search.advance()
-        if stored:
-            stored.save(search)
+        if search_folder:
+            search_folder.save(search)
 
 
 def _texts(

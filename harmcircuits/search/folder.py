@@ -68,10 +68,10 @@ def _probe(search: Search) -> WeightMask:
     return replace(search.gates.candidates, removed=removed)
 
 
-def _is_same(one: Identity, two: Identity) -> bool:
-    if one[:2] != two[:2] or len(one.losses) != len(two.losses):
+def _is_same(first: Identity, second: Identity) -> bool:
+    if first[:2] != second[:2] or len(first.losses) != len(second.losses):
         return False
-    difference = torch.tensor(one.losses) - torch.tensor(two.losses)
+    difference = torch.tensor(first.losses) - torch.tensor(second.losses)
     return bool((difference.abs() <= TOLERANCE).all())
 
 

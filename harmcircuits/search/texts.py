@@ -144,8 +144,8 @@ class Protection:
 
         # Sorted by length, since the shorter texts of a batch are padded.
         examples.sort(key=lambda example: len(example.tokens))
-        given = [batch for batches in protect.values() for batch in batches]
-        checks = batched(examples, *bounds(given)) if given else []
+        retain_batches = [batch for batches in protect.values() for batch in batches]
+        checks = batched(examples, *bounds(retain_batches)) if retain_batches else []
         behaviours = [example.behaviour for example in examples]
         base_loss = _losses(bridge, checks) if checks else torch.empty(0)
         return cls(training, checks, behaviours, base_loss, dict(budget))

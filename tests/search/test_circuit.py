@@ -439,7 +439,7 @@ def test_no_batch_of_a_step_is_larger_than_the_largest_given(llama):
     groups[0].extend(llama, [long, short])
     groups[1].extend(llama, [short])
     sizes = []
-    for draws in step._batches(groups, torch.Generator().manual_seed(0)):
+    for draws in step._batches(groups, step._draws(groups, torch.Generator().manual_seed(0))):
         sizes.append(len(draws) * max(len(draw.text.tokens) for draw in draws))
     assert max(sizes) <= long.tokens.numel()
 
