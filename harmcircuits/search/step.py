@@ -65,7 +65,11 @@ def _draws(groups: Sequence[TextGroup], generator: torch.Generator) -> list[Draw
     draws = []
     for number, group in enumerate(groups):
         for example in group.draw(generator):
-            draw = Draw(number, group.examples[example], group.base_loss[example])
+            draw = Draw(
+                number,
+                group.examples[example],
+                group.base_loss[example],
+            )
             draws.append(draw)
     return sorted(draws, key=lambda draw: len(draw.text.tokens))
 
