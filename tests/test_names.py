@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pages import ROOT
 
-LIMIT = 20  # only ever lower it
+LIMIT = 19  # only ever lower it
 
 NO_NOUN = re.compile(
     r"""
