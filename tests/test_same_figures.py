@@ -1,4 +1,4 @@
-"""The package computes what it did: scores since e12d518, masks since the gates.
+"""The package computes what it did: scores since e12d518, masks since the dead zone of a search.
 
 Would catch: a rewrite that changes a score, a mask or a row of the same command with the same seed.
 Digests are of one kind of machine: elsewhere last bits may exchange a few weights.
@@ -18,19 +18,19 @@ pytestmark = pytest.mark.slow
 # organism -> search -> digest of the mask
 MASKS = {
     "sft": {
-        "others, 0.1 %": "049b0ae9f14eb5d4",
-        "others, 0.2 %": "bbc57aafec342eee",
-        "benign": "67eb6e65ed0900ef",
-        "refusal preferred": "d63fca1dfba99235",
+        "others, 0.1 %": "00820cb197229c91",
+        "others, 0.2 %": "6e2ede6bd5fb3045",
+        "benign": "32214c631f003705",
+        "refusal preferred": "40485d070a6872e3",
     },
     "dpo": {
-        "others, 0.1 %": "954cfdaae5ff1bdd",
-        "others, 0.2 %": "ee3478d16efbb70b",
-        "benign": "2d42379761d252cc",
-        "refusal preferred": "123c8e03a7ea4c0b",
+        "others, 0.1 %": "0af3b865ef3dd175",
+        "others, 0.2 %": "2529df0f666721f5",
+        "benign": "f9ec3b92cee6f26e",
+        "refusal preferred": "c46bcd3a9c8088fa",
     },
 }
-SCORES = {"sft": "9f02610a3f845707", "dpo": "0dbb9b73024c8779"}
+SCORES = {"sft": "7e57b85f98d67e00", "dpo": "6102319d8525201f"}
 
 
 def digest_of(tensors: dict[str, torch.Tensor], *, with_names: bool) -> str:
