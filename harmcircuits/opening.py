@@ -68,8 +68,9 @@ def open_model(
     Model(sft: harmful, benign, recognition, explanation, knowledge, refusal and 19 parts)
 
     An organism needs its name alone; `harmcircuits.organisms.shipped.open_organism` opens one that
-    you trained. Any other model that TransformerLens opens needs `prompts`, `behaviours` or both;
-    its own answers become the references, where the judge verified them.
+    you trained. Any other model that TransformerLens opens is asked `prompts`, `behaviours` or
+    both; its own answers become the references, where the judge verified them. Without either it
+    only generates.
 
     Args:
         model: an organism's name (base, helpful, sft, dpo, planted or innocent; compiled/nested,
@@ -111,7 +112,7 @@ def open_model(
         _refuse_unused({**settings, "judge": judge}, f"the organism {model!r}")
         return open_organism(model, device=device).with_behaviours(*behaviours)
     if prompts is None and not behaviours:
-        _refuse_without_prompts(model)
+        _refuse_unknown_name(model)
 
     files = RequestFiles.of(prompts or {})
     requests, kinds = request_behaviours(files, behaviours, prefill=prefill)
@@ -244,21 +245,14 @@ def _plain_text(files: RequestFiles, bridge: Bridge) -> list[Batch]:
     return windows[:limit] if limit else windows
 
 
-def _refuse_without_prompts(model: Any) -> None:
-    """An error for a model without prompts, or for the name of an unknown organism."""
-    needs = f"give prompts={{'{TARGET}': FILE_OR_LIST, '{CONTRAST}': FILE_OR_LIST}}"
-    if not isinstance(model, str | Path):
-        raise ValueError(
-            f"open_model: a {type(model).__name__} needs its requests; {needs}, or score and mask "
-            "the model itself"
-        )
+def _refuse_unknown_name(model: Any) -> None:
+    """An error for a name that is no organism, no folder and no hub id."""
     is_id = "/" in str(model) and not str(model).startswith(PREFIX)
-    if Path(model).exists() or is_id:
-        raise ValueError(f"open_model: model {str(model)!r} needs its requests; {needs}")
-    raise ValueError(
-        f"no organism is called {model!r}; {nearest(str(model), SHIPPED)}. For another model "
-        f"{needs}"
-    )
+    if isinstance(model, str) and not is_id and not Path(model).exists():
+        raise ValueError(
+            f"no organism is called {model!r}; {nearest(model, SHIPPED)}. Another model is opened "
+            "by its folder or hub id"
+        )
 
 
 def _refuse_unused(options: Mapping[str, Any], model: str) -> None:

@@ -151,6 +151,15 @@ def test_a_wrong_door_says_which_is_right(tmp_path, given, options, words):
         hc.open_model(given, prompts=prompts, cache=tmp_path, **options)
 
 
+def test_a_model_without_requests_generates_and_says_what_it_lacks(cache):
+    model = hc.open_model(SFT, cache=cache, **OPTIONS)
+    assert model.generate("tell me to use a butot") == model.generate(["tell me to use a butot"])[0]
+    with pytest.raises(ValueError, match=r"no behaviour 'harmful', nor any other; give .*prompts="):
+        model.find_circuit("harmful", size=0.001)
+    with pytest.raises(ValueError, match=r"no organism is called 'stf'.* 'sft'"):
+        hc.open_model("stf")
+
+
 # A custom model
 
 

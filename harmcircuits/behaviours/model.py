@@ -122,6 +122,11 @@ class Model:
         Raises:
             ValueError: the model has no such behaviour.
         """
+        if not self.behaviours:
+            raise ValueError(
+                f"{self.name} has no behaviour {name!r}, nor any other; give open_model its "
+                "prompts={'harmful': FILE, 'benign': FILE} or behaviours=[...]"
+            )
         if name not in self.behaviours:
             hint = nearest(name, self.behaviours)
             raise ValueError(f"{self.name} has no behaviour {name!r}; {hint}")

@@ -33,6 +33,8 @@ Scope = Literal["weight", "model", "row"]
 MASK_FORMAT = "harmcircuits.mask.1"
 FRAME_COLUMNS = ("layer", "kind", "unit", "number", "row", "column", "weight")
 N_MAGNITUDE_BINS = 50  # bins of |W| in which `random_like` matches counts
+# Of Qwen2.5-Coder-0.5B-Instruct, found by analyses/few_weights.py.
+SHIPPED_MASKS = ("products", "language")
 NO_WEIGHTS = torch.empty(0, dtype=torch.int64)
 
 
@@ -274,14 +276,20 @@ class WeightMask:
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
-        """The mask in a file written by `save`. Its digest is compared.
+        """The mask in a file written by `save`, or one that ships. Its digest is compared.
+
+        >>> hc.WeightMask.load("products")
+        WeightMask(circuit, 268 of 357,826,560 weights, ...)
 
         Args:
-            path: the file.
+            path: the file; or "products" or "language", masks of Qwen2.5-Coder-0.5B-Instruct
+                without which it adds where it should multiply, and answers in English.
 
         Raises:
             ValueError: a missing file, one that holds no mask, or a damaged one.
         """
+        if path in SHIPPED_MASKS:
+            path = Path(__file__).parent / "shipped" / f"{path}.safetensors"
         removed, metadata = read_tensors(path, MASK_FORMAT, "mask")
         trace = Rows.from_dicts(json.loads(metadata["trace"]))
         source = Source.from_json(metadata["source"])
