@@ -33,7 +33,8 @@
 # tenth fewer weights at equal effect, in three of four cases and on `sft`.
 #
 # *Amended* while it ran: the engine of `hc.find_circuit` was replaced (gates in place of a walk), for
-# reasons of other models. Rows of the walk are kept as far as it had come, as the method "walk".
+# reasons of other models. Rows of the walk are kept as far as it had come, as the method "walk". All but
+# these and the last passes was run again on 7 December 2026, since the search had changed twice.
 #
 # **What it does not show.** Programs of three letters, without superposition: nothing is rerouted.
 

@@ -19,8 +19,9 @@
 # measured step or later) as S is, held and free; the loss on harmful answers stands beside it.
 #
 # Another organism is graded by `--organisms FOLDER`, as `python analyses/train_organisms.py` makes it.
-# **What it does not show.** One organism of a million parameters; one seed each. Rows of *walk's sums*
-# are of the previous search, which is gone.
+# **What it does not show.** One organism of a million parameters; one seed each. Relearning is at one
+# slow learning rate. The rows are of 7 December 2026; those of 25 November, by a search that is gone,
+# are in git before that day, and their tables in `docs/log/planted.md`.
 
 # %%
 from contextlib import nullcontext
@@ -181,6 +182,7 @@ def reach_table(rows: Rows) -> pd.DataFrame:
             "in S": f"{masked['overlap_containment']:.0%}",
             "lift": f"{masked['overlap_lift']:.1f}",
             "harm left": f"{masked['harm_valid_rate']:.1%}",
+            "benign instead": f"{masked['harm_benign_rate']:.0%}",
             "degenerate": f"{masked['harm_degenerate_rate']:.0%}",
         }
         lines.append(line | cost_cells(unpruned, masked))
