@@ -53,18 +53,22 @@ PANELS = {
 # November 2026, after seeing all earlier rows: cases are counted as those of every other claim
 # (`support/claims.py`), and the circuit of benign answers was added. If benign answers are as
 # compact, compactness is not special to harm; the claim does not ask for that, so neither does the
-# rule.
+# rule. On 7 December 2026 (a) alone became the effect, (a) and (b) the effect with controls.
 
 # %%
 COMPACT, SURE = 0.01, 0.975
 
 
+@claim.effect
+def is_compact(rows: hc.Rows) -> bool:
+    half = rows.one("w50", mask="search")
+    is_small = half.labels["censored"] == "no" and half.high <= COMPACT
+    return is_small and rows.one("w50_reached", mask="search").mean >= SURE
+
+
 @claim.rule()
 def is_borne_out(rows: hc.Rows) -> bool:
-    half = rows.one("w50", mask="search")
-    is_compact = half.labels["censored"] == "no" and half.high <= COMPACT
-    is_sure = rows.one("w50_reached", mask="search").mean >= SURE
-    return is_compact and is_sure and all(gap.low > 0 for gap in rows.where("gap"))
+    return all(gap.low > 0 for gap in rows.where("gap"))
 
 
 # %% [markdown]

@@ -19,7 +19,7 @@
 from itertools import product
 
 from support import curves
-from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.claims import Claim
 from support.curves import BUDGETS, curve
 
 import harmcircuits as hc
@@ -38,40 +38,41 @@ PANELS = {"harm_valid_rate": "valid harmful answers", "harm_nll": "harm NLL"}
 
 # %% [markdown]
 # ## The rule, fixed before any run
-# A rung is *aligned* if it refuses at least half of the harmful requests when plainly asked. A
-# ladder and seed bear the claim out in part if (a) every aligned rung's `w50` is below every
-# unaligned rung's, by the 95 % interval of their ratio, paired by items; (b) the rungs can be
-# compared: unpruned, their rates of valid harm lie within 5 points, and no rung's loss on harm is
-# below 0.02 nats per token; and (c) at the `w50` of each aligned rung as many random weights leave
-# more valid harm, by the interval of the paired difference. They bear it out wholly if besides (d)
+# A rung is *aligned* if it refuses at least half of the harmful requests when plainly asked. The
+# *effect* is there in a ladder and seed if (a) every aligned rung's `w50` is below every unaligned
+# rung's, by the 95 % interval of their ratio, paired by items; and (b) the rungs can be compared:
+# unpruned, their rates of valid harm lie within 5 points, and no rung's loss on harm is below 0.02
+# nats per token. *With controls* it is there if besides (c) at the `w50` of each aligned rung as
+# many random weights leave more valid harm, by the interval of the paired difference; and (d)
 # alignment compresses harm more than benign answers: of every pair of rungs the ratio is lower.
 #
 # Amended. Before the first run with the search: the curve was that of the circuit "in rounds", the
 # search of that time, up to 1.2 % of the weights. It now ends at 0.5 %, and has smaller sizes. On
 # 30 November 2026, after seeing all earlier rows: (d) was added; benign answers had only been
 # reported, for one seed of every ladder. They are now measured for each; a case without them lacks
-# (d).
+# (d). On 7 December 2026 (a) and (b) became the effect; with (c) they had been "in part".
 
 # %%
 ALIGNED, LARGEST_GAP = 0.5, 0.05
 
 
-@claim.rule("ladder", "seed")
-def is_borne_out(rows: hc.Rows) -> Outcome:
+@claim.effect
+def is_smaller(rows: hc.Rows) -> bool:
     harm = rows.where(target="harmful")
     ratios = harm.where("w50_ratio")
-    aligned = {ratio.labels["first"] for ratio in ratios}
-    is_smaller = bool(aligned) and all(ratio.high < 1 for ratio in ratios)
-
     rates = harm.where("harm_valid_rate", share=0)
     rate_gap = rates.largest().mean - rates.smallest().mean
     loss = harm.where("calibration_nll").smallest().mean
     is_comparable = rate_gap <= LARGEST_GAP + 1e-9 and loss >= SATURATED_NLL
+    return is_comparable and bool(ratios) and all(ratio.high < 1 for ratio in ratios)
 
+
+@claim.rule("ladder", "seed")
+def is_borne_out(rows: hc.Rows) -> bool:
+    harm = rows.where(target="harmful")
+    aligned = {ratio.labels["first"] for ratio in harm.where("w50_ratio")}
     gaps = [gap.low for gap in harm.where("random_gap") if gap.labels["model"] in aligned]
-    if not (is_smaller and is_comparable and min(gaps) > 0):
-        return FAILS
-    return HOLDS if compresses_harm_more(rows) else IN_PART
+    return all(low > 0 for low in gaps) and compresses_harm_more(rows)
 
 
 def compresses_harm_more(rows: hc.Rows) -> bool:

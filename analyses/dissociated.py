@@ -7,7 +7,8 @@
 # Two abilities **dissociate doubly** when each loses more to the removal of its own circuit than of
 # the other's, by 95 % intervals. An ability is compared only with itself, under two masks, so it
 # does not matter that one is harder than the other. The dissociation is *clean* when, besides, each
-# is kept under the other's circuit (loses at most 5 points), and *graded* otherwise.
+# is kept under the other's circuit (loses at most 5 points), and *graded* otherwise. An ability whose
+# rate under the other's circuit is not above chance, by its interval, is neither kept nor apart.
 #
 # Every circuit is found three times. A circuit that protects nothing shows whether abilities come
 # apart by themselves; one that protects benign answers is the paper's own condition; one that
@@ -21,10 +22,10 @@
 # %%
 from dataclasses import replace
 
-from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.claims import Claim
 from support.cross_ablation import ablation_rows
 from support.curves import KEPT_RATE, rate_difference
-from support.dissociation import dissociations_from
+from support.dissociation import Dissociation, dissociations_from
 from support.figures import cross_ablation_figure, protection_panels
 
 import harmcircuits as hc
@@ -50,37 +51,48 @@ HARM, INCOHERENT = "harm_valid_rate", "harm_degenerate_rate"
 OTHER_RATES = set(Roles.standard().rates) - {HARM, INCOHERENT}
 
 # %% [markdown]
-# ## The rule, fixed before any run
-# A case is a pair: generation and one other ability, in one model and seed. It bears the claim out
-# if the two are a clean double dissociation where all others are protected, and at least a graded
-# one in the paper's condition, benign answers alone protected. It does so in part if only the
-# former is so. Where random masks cost an ability more than is kept, a fall says nothing of
-# circuits, and no pair of the model and seed bears the claim out.
+# ## The rule
+# A case is a pair: generation and one other ability, in one model and seed. The *effect* is there if
+# the ability is kept under harm's circuit in the paper's condition, benign answers alone protected.
+# *With controls* it is there if besides the two are at least a graded double dissociation in this
+# condition, and a clean one where all others are protected. Where random masks cost an ability more
+# than is kept, a fall says nothing of circuits, and no pair of the model and seed shows the claim.
 #
 # Amended. Before the first run with the search: the search (it was in rounds) and with it the size,
 # from 0.6 % to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: the
 # paper's condition, in place of "nothing protected". *Clean* had meant that neither loses more than
 # ten points by the end of an interval, which one item of 48 decides; and pairs had been counted
-# together by a rule of their own.
+# together by a rule of their own. **On 7 December 2026, after the rows had been read, a correction**:
+# the floor of chance. A model that says yes to every question recognises half of them, and recognition
+# counted as apart in six pairs because its own circuit drives it below that; in five it was at chance
+# under harm's circuit. And the effect, which had not been counted, took the place of "in part" (a
+# clean double dissociation where all others are protected, as the search was told to).
 
 
 # %%
+@claim.effect
+def is_kept(rows: hc.Rows) -> dict[str, bool]:
+    return {second: test.second.is_kept for second, test in pair_tests(rows, "benign").items()}
+
+
 @claim.rule()
-def is_borne_out(rows: hc.Rows) -> dict[str, Outcome]:
-    pairs: dict[str, dict[str, str]] = {}
-    for labels, test in dissociations_from("harmful", rows, METRICS):
-        pairs.setdefault(str(labels["second"]), {})[str(labels["protected"])] = test.outcome
+def is_borne_out(rows: hc.Rows) -> dict[str, bool]:
     is_readable = random_cost(rows).mean <= KEPT_RATE
-    return {
-        second: pair_outcome(tests) if is_readable else FAILS for second, tests in pairs.items()
-    }
+    protecting_all = pair_tests(rows, "others")
+    outcomes = {}
+    for second, test in pair_tests(rows, "benign").items():
+        is_clean = protecting_all[second].outcome == "clean double"
+        outcomes[second] = is_readable and is_clean and "double" in test.outcome
+    return outcomes
 
 
-def pair_outcome(tests: dict[str, str]) -> Outcome:
-    """The outcome of one pair, by its test under each protection."""
-    if tests["others"] != "clean double":
-        return FAILS
-    return HOLDS if "double" in tests["benign"] else IN_PART
+def pair_tests(rows: hc.Rows, protected: str) -> dict[str, Dissociation]:
+    """Every other ability -> its test against generation, under one protection."""
+    tests = {}
+    for labels, test in dissociations_from("harmful", rows, METRICS):
+        if labels["protected"] == protected:
+            tests[str(labels["second"])] = test
+    return tests
 
 
 def random_cost(rows: hc.Rows) -> hc.Measurement:

@@ -20,7 +20,7 @@
 # %%
 from itertools import product
 
-from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.claims import Claim
 from support.cross_ablation import change_rows, overlap_rows, resampled_circuits
 from support.curves import KEPT_NLL, KEPT_RATE, outcomes_of
 from support.figures import cross_ablation_figure, overlap_figure, protection_panels
@@ -53,11 +53,11 @@ REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 # A circuit *separates* when (a) it leaves at most half of the unpruned harm, by an interval below
 # that under random weights; (b) utility is kept: benign answers, knowledge where the model has it,
 # and the loss on benign answers; and (c) the twin's circuit under the same protection costs benign
-# answers more, by intervals. A model and seed bear the claim out when circuits separate that
-# protect nothing, and that protect benign answers, and when harm shares no more with its twin than
-# benign tasks do among themselves, by intervals, under either null: random masks with as many
-# weights in every matrix, and with as many in every row and column. They bear it out in part when
-# circuits separate that protect benign answers, or all others.
+# answers more, by intervals. The *effect* is there in a model and seed when a circuit that protects
+# benign answers, the paper's condition, halves harm and keeps utility. *With controls* it is there
+# when circuits separate that protect nothing, and that protect benign answers, and when harm shares
+# no more with its twin than benign tasks do among themselves, by intervals, under either null:
+# random masks with as many weights in every matrix, and with as many in every row and column.
 #
 # Amended. Before the first run with the search: the search (it was in rounds) and the size, from
 # 0.6 % to 0.2 % of the weights. On 30 November 2026, after seeing all earlier rows: utility was
@@ -65,18 +65,23 @@ REFERENCE = [("benign", "parts"), ("benign", "kind"), ("parts", "kind")]
 # of 64 decided a model; now *kept* means the same as in every claim (`support/claims.py`). Seeds
 # were pooled, and the worst model decided. Only the first of the two nulls was read. Lifts are
 # read, then and now, from masks in one shot, which alone have intervals over the calibration items.
+# On 7 December 2026 the effect took the place of "in part", which a circuit that protects all others
+# could show as well.
 
 # %%
 HALF = 0.5
 NULLS = {"per matrix": "overlap_lift", "per row and column": "overlap_lift_marginal"}
 
 
+@claim.effect
+def is_distinct(rows: hc.Rows) -> bool:
+    return is_halved(rows, "twin") and is_kept(rows.where(protected="twin", mask="harmful"))
+
+
 @claim.rule()
-def is_borne_out(rows: hc.Rows) -> Outcome:
-    separate = {protected: separates(rows, protected) for protected in PROTECTED}
-    if separate["none"] and separate["twin"] and all(is_apart(rows, null) for null in NULLS):
-        return HOLDS
-    return IN_PART if separate["twin"] or separate["others"] else FAILS
+def is_borne_out(rows: hc.Rows) -> bool:
+    is_separate = separates(rows, "none") and separates(rows, "twin")
+    return is_separate and all(is_apart(rows, null) for null in NULLS)
 
 
 def is_apart(rows: hc.Rows, null: str) -> bool:
@@ -85,11 +90,16 @@ def is_apart(rows: hc.Rows, null: str) -> bool:
 
 
 def separates(rows: hc.Rows, protected: str) -> bool:
-    unpruned, pruned = rows.one(HARM, mask="none"), rows.where(protected=protected)
+    pruned = rows.where(protected=protected)
     harm, random = pruned.one(HARM, mask="harmful"), pruned.one(HARM, mask="random")
-    is_gone = harm.mean <= HALF * unpruned.mean and harm.high < random.low
+    is_gone = is_halved(rows, protected) and harm.high < random.low
     twin, benign = pruned.one(BENIGN, mask="benign"), pruned.one(BENIGN, mask="harmful")
     return is_gone and twin.high < benign.low and is_kept(pruned.where(mask="harmful"))
+
+
+def is_halved(rows: hc.Rows, protected: str) -> bool:
+    unpruned = rows.one(HARM, mask="none")
+    return rows.one(HARM, protected=protected, mask="harmful").mean <= HALF * unpruned.mean
 
 
 def is_kept(pruned: hc.Rows) -> bool:

@@ -31,6 +31,11 @@
 #
 # *Fresh answers* came last, on the choice split too: for loss and error the model is asked again, under the
 # mask so far, and answers that are still harmful are scored as well. Earlier rows carry *gates, own answers*.
+#
+# All rows of `ends.jsonl` are of the search before its dead zone of 1e-3 nats (5 December 2026). The four aims
+# on the shipped halves were run again with it, `ends_dead_zone.jsonl`: what comes instead changes by at most
+# a point in the mean where something is preferred (refusals 85 and 85 %, benign answers 94 and 96 %); by the
+# loss alone it is 72 % after 81 %, *owed* 86 % after 91 %, all of it on `dpo`, whose halves differ more than that.
 
 # %%
 from collections.abc import Mapping, Sequence
@@ -40,7 +45,6 @@ from itertools import chain, product
 from statistics import fmean
 from time import process_time
 
-import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -58,6 +62,7 @@ from harmcircuits.behaviours.outcomes import Calibration
 from harmcircuits.hooks.bridge import Bridge
 from harmcircuits.hooks.objectives import Objective, completion_loss, token_losses
 from harmcircuits.measurements import Labels
+from harmcircuits.organisms.shipped import ORGANISMS
 
 SIZES = (0.0005, 0.001, 0.002)
 ENGINE, AIMS = "gates", ("loss", "owed", "refuse", "deflect")
@@ -66,7 +71,6 @@ PREFERRED = {"refuse": "refusal", "deflect": "benign"}
 STANDARD = standard_behaviours()
 # Protected behaviour -> nats that its loss may rise by.
 BUDGETS = {"benign": 0.05, "recognition": 0.1, "explanation": 0.1, "knowledge": 0.1, "refusal": 0.1}
-N_DRAWS = 2000
 
 
 # %% [markdown]
@@ -174,18 +178,10 @@ def lines_of(case: hc.Rows) -> list[Line]:
     return [line_of(case.where(size=size), unpruned) for size in SIZES]
 
 
-def mean_over(cases: Sequence[float]) -> hc.Measurement:
-    """The mean of one figure a case, with the interval of resampled cases."""
-    generator = np.random.default_rng(0)
-    samples = generator.choice(cases, (N_DRAWS, len(cases))).mean(axis=1)
-    mean = hc.Measurement.from_draws("said", {}, samples, mean=fmean(cases), n_groups=len(cases))
-    return replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
-
-
 def table(rows: hc.Rows, *, refuse: bool = True, fresh: bool = False) -> pd.DataFrame:
     """A line for each engine and aim: the mean that decides, and the figures beside it.
 
-    The interval is of the mean over cases (model and half, of every ladder), resampled.
+    A case is a model and a half of its answers. The cases are in the order of ladder, model and half.
 
     Args:
         rows: of the runs.
@@ -198,9 +194,16 @@ def table(rows: hc.Rows, *, refuse: bool = True, fresh: bool = False) -> pd.Data
             selected += runs
     lines = []
     for (engine, aim), runs in selected.by("engine", "aim").items():
-        cases = list(runs.by("ladder", "model", "part").values())
-        lines.append({"engine": engine, "aim": aim, **cells_of(cases)})
+        cases = runs.by("ladder", "model", "part")
+        ordered = [cases[case] for case in sorted(cases, key=place_of)]
+        lines.append({"engine": engine, "aim": aim, **cells_of(ordered)})
     return pd.DataFrame(lines)
+
+
+def place_of(case: tuple[str, str, str]) -> tuple[str, int, str]:
+    """The place of a case in the order of ladder, model and half."""
+    ladder, model, part = case
+    return ladder, ORGANISMS.index(model), part
 
 
 def cells_of(cases: Sequence[hc.Rows]) -> dict[str, str]:
@@ -210,7 +213,8 @@ def cells_of(cases: Sequence[hc.Rows]) -> dict[str, str]:
     lines = list(chain.from_iterable(lines_by_case))
     seconds = fmean(case.one("search_seconds").mean for case in cases)
     return {
-        "said instead": f"{mean_over(scores):.0%}",
+        "said instead": f"{fmean(scores):.0%}",
+        "each case, %": ", ".join(f"{100 * score:.0f}" for score in scores),
         "worst": f"{min(line.score for line in lines):.0%}",
         "harmful": f"{fmean(line.harmful for line in lines):.0%}",
         "broken": f"{fmean(line.incoherent for line in lines):.0%}",

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Which behaviours of a real model hang on few weights?
-# Behaviours that anybody may read, each with an exact judge, and harm and its refusal, by the local rules. Each
+# Behaviours that anybody may read, judged by patterns, and harm and its refusal, by the local rules. Each
 # is searched for at two or three sizes on one half of the requests; the other half, in other words, measures.
 #
 # **The rule, fixed before the run** (1 December 2026). A mask *ends* a behaviour if at most 5 % of the
@@ -8,6 +8,10 @@
 # besides no protected rate falls by more than 5 points, else *at a cost*. A behaviour *hangs on few weights* if a mask
 # of at most 0.001 % ends it within budget, while as many random weights, and as many of the opposite sign,
 # leave at least half of it.
+#
+# *Amended on 7 December 2026*: an answer whose language no word tells is *unknown*, and counts as neither. Where
+# the rule would turn on such answers, it is *undecided*. The committed rows are by the judge of before, which
+# compared an answer with what it took for the language of the request, and misread a quarter of these.
 #
 # The tokens that decide are scored, where a pattern finds them (a name, the marks, the fact), else whole
 # answers. The system prompt is a plain one, but for the question who it is: behind a plain one none of 30
@@ -23,7 +27,7 @@ from typing import Literal
 
 import pandas as pd
 import tyro
-from support.everyday import everyday
+from support.everyday import UNKNOWN, everyday
 from support.jobs import Job, run_jobs
 from support.runs import Tables, run_analysis
 from tyro.conf import OmitArgPrefixes
@@ -72,7 +76,12 @@ TITLES = {
     "refusal": "refusals of harmful requests",
     "harmful": "harm, behind a beginning",
 }
-ENDS = {"within budget": "yes", "at a cost": "at a cost", "does not end": "no"}
+ENDS = {
+    "within budget": "yes",
+    "at a cost": "at a cost",
+    "undecided": "undecided",
+    "does not end": "no",
+}
 CONTROLS = RANDOM, OPPOSITE = "random", "opposite sign"
 # Behaviour -> others that its masks are measured on: languages that were never scored.
 UNSCORED = {"language": ("unscored", "chinese")}
@@ -286,12 +295,15 @@ class Outcome:
     rate: float  # of answers that still show the behaviour
     newly_broken: float
     falls_by: float  # the protected rate that falls most
+    unknown: float = 0.0  # of answers that the judge cannot tell
 
     @property
     def verdict(self) -> str:
         """By the rule."""
         if self.rate > MOST_LEFT or self.newly_broken > MOST_COST:
             return "does not end"
+        if self.rate + self.unknown > MOST_LEFT:
+            return "undecided"
         return "within budget" if self.falls_by <= MOST_COST else "at a cost"
 
     def __str__(self) -> str:
@@ -306,11 +318,13 @@ def outcome(rows: Rows, target: str, mask: str) -> Outcome:
     def rise(metric: str) -> float:
         return pruned.one(metric).mean - unpruned.one(metric).mean
 
+    unknown = pruned.where(f"{target}_{UNKNOWN}_rate")  # of languages alone
     return Outcome(
         round(pruned.one("n_removed").mean),
         pruned.one(f"{target}_rate").mean,
         rise(f"{target}_degenerate_rate"),
         max(-rise(f"{name}_rate") for name in PROTECTED[target]),
+        unknown.one().mean if unknown else 0.0,
     )
 
 

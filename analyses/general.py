@@ -16,7 +16,7 @@
 from dataclasses import replace
 
 from support import transfer
-from support.claims import FAILS, HOLDS, IN_PART, Claim, Outcome
+from support.claims import Claim
 from support.curves import KEPT_RATE
 from support.figures import heatmaps
 
@@ -39,9 +39,9 @@ LEVEL = 0.05  # p below it: the words that types have in common explain the tran
 # ## The rule, fixed before any run
 # A type *transfers* when its harm falls to at most half of the unpruned rate, by an interval that
 # lies below that under random masks, and benign answers to the types that were not scored are kept.
-# A model and seed bear the claim out when harm of the other types transfers under circuits of one
-# type (mean over types), and every left-out type transfers; in part, when one-type circuits
-# transfer, or more than half of the left-out types do.
+# The *effect* is there in a model and seed when harm of the other types transfers under circuits of
+# one type (mean over types), or more than half of the left-out types do, whatever random masks do.
+# *With controls* it is there when both are so, and every left-out type transfers.
 #
 # *The confound.* In the organisms' world each topic draws two of four harmful words, so two topics
 # share none, one or two. A circuit of one topic that removes words, not harm, carries over to
@@ -58,30 +58,37 @@ LEVEL = 0.05  # p below it: the words that types have in common explain the tran
 # alone, and now protect all others, as the circuits of harm do. Then all was run again, once, by
 # the search of that day (gates), at its own number of steps: three ladders, one seed. In these rows
 # circuits of one type had removed words, so the search was changed to score fresh answers under its
-# mask as well (`fresh_answers`), and all was run once more.
+# mask as well (`fresh_answers`), and all was run once more. On 7 December 2026 what had been "in
+# part" became the effect.
 
 
 # %%
+@claim.effect
+def is_general(rows: hc.Rows) -> bool:
+    left_out = [falls(type_rows) for type_rows in types_left_out(rows)]
+    return falls(rows.where(relation="other types")) or sum(left_out) > len(left_out) / 2
+
+
 @claim.rule()
-def is_borne_out(rows: hc.Rows) -> Outcome:
+def is_borne_out(rows: hc.Rows) -> bool:
     is_across = transfers(rows.where(relation="other types"))
-    left_out = left_out_transfers(rows)
-    if is_across and all(left_out):
-        return HOLDS
-    return IN_PART if is_across or sum(left_out) > len(left_out) / 2 else FAILS
+    return is_across and all(transfers(type_rows) for type_rows in types_left_out(rows))
 
 
 def transfers(rows: hc.Rows) -> bool:
-    unpruned, pruned, random = (rows.one(HARM, mask=mask) for mask in ("none", "circuit", "random"))
-    is_gone = pruned.mean <= HALF * unpruned.mean and pruned.high < random.low
+    return falls(rows) and rows.one(HARM, mask="circuit").high < rows.one(HARM, mask="random").low
+
+
+def falls(rows: hc.Rows) -> bool:
+    """Whether harm is halved, and benign answers are kept."""
+    unpruned, pruned = (rows.one(HARM, mask=mask) for mask in ("none", "circuit"))
     benign_loss = rows.one(BENIGN, mask="none").mean - rows.one(BENIGN, mask="circuit").mean
-    return is_gone and benign_loss <= KEPT_RATE
+    return pruned.mean <= HALF * unpruned.mean and benign_loss <= KEPT_RATE
 
 
-def left_out_transfers(rows: hc.Rows) -> list[bool]:
-    """Whether each type transfers under the circuit of all others."""
-    types = rows.where(relation="left out").by("tested")
-    return [transfers(type_rows) for type_rows in types.values()]
+def types_left_out(rows: hc.Rows) -> list[hc.Rows]:
+    """The rows of each type under the circuit of all others."""
+    return list(rows.where(relation="left out").by("tested").values())
 
 
 @claim.confound
@@ -186,7 +193,7 @@ def key_numbers(rows: hc.Rows) -> dict[str, str]:
     pooled = rows.pool("seed")
     left_out = []
     for seed_rows in rows.by("seed").values():
-        left_out += left_out_transfers(seed_rows)
+        left_out += [transfers(type_rows) for type_rows in types_left_out(seed_rows)]
     across = pooled.where(relation="other types")
     benign = across.where(BENIGN)
     own = pooled.one(HARM, mask="circuit", relation="own type")

@@ -18,6 +18,10 @@
 # After a first look (few requests, a search of one step) the learning rate 3e-3 for all weights was
 # left out, to save time: half was back after two steps at 3e-4.
 #
+# *Amended* 7 December 2026, with the rows in view: cases are counted by training run, and a run of
+# benign training says nothing where random weights removed leave less than half of the harm that
+# comes back unpruned.
+#
 # *A search that reckons* finds its second half after 20 steps of an attacker against its first; where
 # none of the answers is harmful by then (on one ladder, as its run showed), after the first 20 more that
 # bring any back. It is worth an option if its fastest seed takes more steps to one half than the slowest

@@ -23,7 +23,8 @@
 #    circuit is *specific* if it is so in both ways.
 #
 # *Amended* before the rows on the page: a removal that left more than half of harm says nothing about
-# rounding; and, after a first look with few steps, the learning rates that `relearning.py` names.
+# rounding; and, after a first look with few steps, the learning rates that `relearning.py` names. On
+# 7 December 2026, with the rows in view: a case is a training run, not a cell of one.
 
 # %%
 import random

@@ -36,8 +36,8 @@ def result_of(analysis: str) -> ClaimResult:
 
 
 def run(out: Path, options: list[str]) -> None:
-    """Run the missing jobs of every finding; prints the table of their outcomes."""
-    lines = ["| | claim | verdict | cases |", "|---|---|---|---|"]
+    """Run the missing jobs of every finding; prints the table of their results."""
+    lines = ["| | claim | training runs with the effect | with controls |", "|---|---|---|---|"]
     for name, analysis in FINDINGS.items():
         command = [sys.executable, str(ANALYSES / f"{analysis}.py"), "--out", str(out / name)]
         subprocess.run([*command, *options], check=True)

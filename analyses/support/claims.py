@@ -1,12 +1,14 @@
-"""A claim: the experiment that tests it, the rule that judges it, and its key numbers.
+"""A claim: the experiment that tests it, the two tests that judge it, and its key numbers.
 
-All claims are judged on one scale. A case is one model and seed (for some claims a ladder, a run or
-a pair), and the rule of a claim says whether a case bears the claim out, wholly or in part. The claim
+All claims are judged on one scale, twice, from the same rows. The *effect* is what the paper reports.
+*With controls* asks for the effect, and for what this project's rule adds. A case is one model and seed
+(for some claims a ladder, a run or a pair). A training run shows a claim if each of its cases does; a
+claim is shown in k of n training runs, and nothing stronger is said. It is undecided with controls,
+whatever the count, if a confound that it names explains the cases.
 
-- *holds* if every case bears it out,
-- *holds in part* if at least half of the cases do, wholly or in part,
-- *does not hold here* otherwise,
-- is *undecided*, whatever the count, if a confound that the claim names explains the cases.
+Until 7 December 2026 each claim had one verdict (holds, holds in part, does not hold here), over cases
+of one training run as if they were independent. The tests are parts of the same rules; F6 got its chance
+floor that day. The rows did not change.
 
 Since their amendments F1, F3, F4, F6 and the attacks were run again by the search of 30 November 2026
 (gates): three ladders, one seed; and once more after the search had begun to score fresh answers under
@@ -25,7 +27,7 @@ from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pandas
 import tyro
@@ -46,59 +48,72 @@ from harmcircuits.views.tables import DASH, frame_table
 
 AnyFigure = TypeVar("AnyFigure", Picture, Visual, Panels)
 
-Outcome = Literal["holds", "holds in part", "does not hold here", "undecided"]
-HOLDS: Outcome = "holds"
-IN_PART: Outcome = "holds in part"
-FAILS: Outcome = "does not hold here"
-UNDECIDED: Outcome = "undecided"
-# The rule's answer for a case: yes or no, an outcome, or an outcome for each of several parts.
-CaseOutcome = bool | Outcome | Mapping[str, Outcome]
+# The answer of a test for a case: yes or no, or that for each of its parts.
+CaseAnswer = bool | Mapping[str, bool]
 Experiment = Callable[..., Rows]
-Rule = Callable[[Rows], CaseOutcome]
+Rule = Callable[[Rows], CaseAnswer]
 Confound = Callable[[Rows], bool]
 KeyNumbers = Callable[[Rows], Mapping[str, str]]
 
 CASE = ("ladder", "model", "seed")
+EFFECT, WITH_CONTROLS = "effect", "with controls"
+UNDECIDED = "undecided (a confound)"
 INTERVALS = "In brackets 95 % intervals, the widest over seeds."
 SMALL_EVERY = 16  # a small run asks every 16th request: two items of each topic of an organism
 
 
-def verdict(cases: Sequence[Outcome]) -> Outcome:
-    """The outcome of all cases together, by the scale above."""
-    if cases and set(cases) == {HOLDS}:
-        return HOLDS
-    n_borne_out = sum(case in (HOLDS, IN_PART) for case in cases)
-    return IN_PART if cases and 2 * n_borne_out >= len(cases) else FAILS
+def in_runs(cases: Mapping[str, Sequence[bool]]) -> str:
+    """How many training runs show a claim in each of their cases; and how many cases, if they are more."""
+    n_runs, n_cases = len(cases), sum(len(answers) for answers in cases.values())
+    n_shown = sum(all(answers) for answers in cases.values())
+    text = f"{n_shown or 'none'} of {n_runs}"
+    n_yes = sum(sum(answers) for answers in cases.values())
+    return text if n_cases == n_runs else f"{text} ({n_yes} of {n_cases} cases)"
 
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """The outcome of a claim on its rows."""
+    """What the rows of a claim say: `cases` has a line for each, with the answer of each test."""
 
     name: str
     text: str
-    outcome: Outcome | None
     cases: pandas.DataFrame
     key_numbers: pandas.DataFrame
+    is_confounded: bool = False
+
+    @property
+    def effect(self) -> str:
+        """How many training runs show the paper's effect; a dash for a question of our own."""
+        return self._in_runs(EFFECT) if EFFECT in self.cases else DASH
+
+    @property
+    def with_controls(self) -> str:
+        """How many training runs show the claim with this project's controls."""
+        return UNDECIDED if self.is_confounded else self._in_runs(WITH_CONTROLS)
+
+    def _in_runs(self, test: str) -> str:
+        answers = self.cases.groupby("ladder", sort=False)[test].apply(list)
+        return in_runs(answers.to_dict())
+
+    @property
+    def verdict(self) -> str:
+        """Both counts, in words; one for a rule without an effect, nothing without a rule."""
+        if not len(self.cases):
+            return ""
+        if EFFECT not in self.cases:
+            return f"training runs: {self.with_controls}"
+        return f"training runs: {self.effect}; with controls: {self.with_controls}"
 
     @property
     def title(self) -> str:
-        """The claim and its outcome in a line."""
+        """The claim and what the rows say, in a line."""
         title = f"{self.name}. {self.text}"
-        return f"{title}: {self.outcome} ({self.count})" if self.outcome else title
+        return f"{title}: {self.verdict}" if self.verdict else title
 
     @property
     def line(self) -> str:
-        """The claim and its outcome as a line of a Markdown table."""
-        return f"| {self.name} | {self.text} | **{self.outcome}** | {self.count} |"
-
-    @property
-    def count(self) -> str:
-        """The number of cases that bear the claim out, and that do so in part."""
-        outcomes = list(self.cases["outcome"]) if len(self.cases) else []
-        text = f"{outcomes.count(HOLDS)} of {len(outcomes)}"
-        n_in_part = outcomes.count(IN_PART)
-        return f"{text}, {n_in_part} in part" if n_in_part else text
+        """The claim and both counts as a line of a Markdown table."""
+        return f"| {self.name} | {self.text} | {self.effect} | {self.with_controls} |"
 
     @property
     def sections(self) -> list[str]:
@@ -106,8 +121,8 @@ class ClaimResult:
         parts = []
         if len(self.key_numbers):
             parts.append(section("Key numbers", INTERVALS, frame(self.key_numbers)))
-        if self.outcome:
-            parts.append(section("Each case", "By the rule, fixed beforehand.", frame(self.cases)))
+        if len(self.cases):
+            parts.append(section("Each case", "By the rule of the analysis.", frame(self.cases)))
         return parts
 
     def __repr__(self) -> str:
@@ -161,6 +176,7 @@ class Claim:
         self.small_models = small_models or models
         self.figures: dict[str, Picture | Visual | Panels] = {}
         self._is_of_ladder = False
+        self._effect: Rule | None = None
         self._rule: Rule | None = None
         self._over: tuple[str, ...] = CASE
         self._confound: Confound | None = None
@@ -179,8 +195,13 @@ class Claim:
         self._is_of_ladder = True
         return self.job(experiment)
 
+    def effect(self, effect: Rule) -> Rule:
+        """Decorates the test of the paper's effect alone, on the cases of the rule."""
+        self._effect = effect
+        return effect
+
     def rule(self, *over: str) -> Callable[[Rule], Rule]:
-        """Decorates the rule, which was fixed before the experiment was run."""
+        """Decorates the test with controls; `over` are the labels that tell cases apart."""
 
         def decorate(rule: Rule) -> Rule:
             self._rule = rule
@@ -190,7 +211,7 @@ class Claim:
         return decorate
 
     def confound(self, confound: Confound) -> Confound:
-        """Decorates a test whether something other than the claim explains its cases."""
+        """Decorates a test whether something other than the claim explains the effect."""
         self._confound = confound
         return confound
 
@@ -233,18 +254,32 @@ class Claim:
             return self._run(run, options)
 
     def result(self, rows: Rows) -> ClaimResult:
-        """The outcome of each case and of all together, and the key numbers."""
+        """Whether each case shows the effect, and with controls; and the key numbers."""
         numbers = self._number_table(rows)
         if self._rule is None:
-            return ClaimResult(self.name, self.text, None, pandas.DataFrame(), numbers)
+            return ClaimResult(self.name, self.text, pandas.DataFrame(), numbers)
         lines = []
         for values, case_rows in _cases(rows, self._over).items():
             case = dict(zip(self._over, values, strict=True))
-            lines += [{**case, **line} for line in _outcome_lines(self._rule(case_rows))]
-        outcome = verdict([line["outcome"] for line in lines])
-        if self._confound is not None and self._confound(rows):
-            outcome = UNDECIDED
-        return ClaimResult(self.name, self.text, outcome, pandas.DataFrame(lines), numbers)
+            lines += [{**case, **line} for line in self._answers(case_rows)]
+        is_confounded = self._confound is not None and self._confound(rows)
+        return ClaimResult(self.name, self.text, pandas.DataFrame(lines), numbers, is_confounded)
+
+    def _answers(self, rows: Rows) -> list[dict[str, Any]]:
+        """The answers of both tests for a case, or for each of its parts."""
+        assert self._rule is not None
+        controlled = self._rule(rows)
+        if self._effect is None:
+            return [{WITH_CONTROLS: controlled}]
+        effect = self._effect(rows)
+        if isinstance(controlled, bool):
+            return [{EFFECT: effect, WITH_CONTROLS: effect and controlled}]
+        assert isinstance(effect, Mapping)
+        lines = []
+        for part, answer in controlled.items():
+            is_shown = effect[part]
+            lines.append({"of": part, EFFECT: is_shown, WITH_CONTROLS: is_shown and answer})
+        return lines
 
     def _number_table(self, rows: Rows) -> pandas.DataFrame:
         """The key numbers: a line for each, a column for each model."""
@@ -268,7 +303,7 @@ class Claim:
         is_visual = [not isinstance(figure, Picture) for figure in self.figures.values()]
         script = circuitsvis_script() if any(is_visual) else ""
         write_page(page, result.title, [*result.sections, *self._sections()], script=script)
-        if result.outcome:
+        if result.verdict:
             write_text(self._out / "summary.md", result.line + "\n")
 
         console = Console()
@@ -392,15 +427,6 @@ def _job_rows(
         model = {spec.labels["model"]: spec.open(seed=seed) for spec in subject}
     rows = experiment(model, seed, **options)
     return Rows(row.labelled(**{**labels, **row.labels}) for row in rows)
-
-
-def _outcome_lines(outcome: CaseOutcome) -> list[dict[str, Any]]:
-    """The outcome of a case, or those of its parts, as lines of a table."""
-    if isinstance(outcome, bool):
-        outcome = HOLDS if outcome else FAILS
-    if isinstance(outcome, str):
-        return [{"outcome": outcome}]
-    return [{"of": part, "outcome": part_outcome} for part, part_outcome in outcome.items()]
 
 
 def _cases(rows: Rows, names: Sequence[str]) -> dict[tuple, Rows]:

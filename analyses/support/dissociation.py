@@ -10,40 +10,64 @@ from support.curves import KEPT_RATE, rate_difference
 from harmcircuits.measurements import Labels, Measurement, Rows
 
 Outcome = Literal["clean double", "graded double", "single", "none"]
+# What a constant answer reaches: half of the yes-or-no questions. Other abilities cannot be guessed.
+CHANCE = {"recognition_accuracy": 0.5}
 
 
 @dataclass(frozen=True)
-class Dissociation:
-    """Two abilities, each under its own circuit and under the circuit of the other.
+class RivalEffect:
+    """An ability under the circuit of another, which is its rival here.
 
-    Gaps and costs are differences of one ability's rates, with Newcombe's intervals:
+    Gap and cost are differences of the ability's rates, with Newcombe's intervals:
 
-        unpruned    under its own circuit    under the other's
+        unpruned    under its own circuit    under the rival's
           98 %              4 %                    95 %
            |                 '------- gap: 91 -------|
            '------------- cost: 3 -------------------'
     """
 
-    first_gap: Measurement
-    second_gap: Measurement
-    first_cost: Measurement
-    second_cost: Measurement
+    gap: Measurement
+    cost: Measurement
+    is_above_chance: bool
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the ability loses more to its own circuit, and is no mere guess under the rival's."""
+        return self.is_above_chance and self.gap.low > 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the rival's circuit costs it no more than is kept, and it is no mere guess."""
+        return self.is_above_chance and self.cost.mean <= KEPT_RATE
+
+
+@dataclass(frozen=True)
+class Dissociation:
+    """Two abilities, each under its own circuit and under the circuit of the other."""
+
+    first: RivalEffect
+    second: RivalEffect
 
     @property
     def outcome(self) -> Outcome:
         """The outcome of the test."""
-        n_above = (self.first_gap.low > 0) + (self.second_gap.low > 0)
-        if n_above == 0:
+        n_apart = self.first.is_apart + self.second.is_apart
+        if n_apart == 0:
             return "none"
-        if n_above == 1:
+        if n_apart == 1:
             return "single"
-        largest_cost = max(self.first_cost.mean, self.second_cost.mean)
-        return "clean double" if largest_cost <= KEPT_RATE else "graded double"
+        return "clean double" if self.first.is_kept and self.second.is_kept else "graded double"
 
     def rows(self, labels: Labels) -> Rows:
         """The two gaps and costs, as metrics of these names."""
+        differences = {
+            "first_gap": self.first.gap,
+            "second_gap": self.second.gap,
+            "first_cost": self.first.cost,
+            "second_cost": self.second.cost,
+        }
         rows = []
-        for name, difference in vars(self).items():
+        for name, difference in differences.items():
             rows.append(replace(difference, metric=name, labels=labels))
         return Rows(rows)
 
@@ -57,7 +81,7 @@ def dissociations(
     # A behaviour that the model does not show has no circuit.
     names = [name for name, metric in metrics.items() if pruned.where(metric, mask=name)]
 
-    def gap_and_cost(name: str, rival: str) -> tuple[Measurement, Measurement]:
+    def rival_effect(name: str, rival: str) -> RivalEffect:
         metric = metrics[name]
         whole = unpruned.where(metric)[0]
         under_own = pruned.where(metric, mask=name)[0]
@@ -65,13 +89,12 @@ def dissociations(
         labels = under_rival.labels
         gap = rate_difference(f"{metric}_gap", labels, under_rival, under_own)
         cost = rate_difference(f"{metric}_cost", labels, whole, under_rival)
-        return gap, cost
+        return RivalEffect(gap, cost, under_rival.low > CHANCE.get(metric, -1))
 
     tests = {}
     for first, second in combinations(names, 2):
-        first_gap, first_cost = gap_and_cost(first, second)
-        second_gap, second_cost = gap_and_cost(second, first)
-        tests[first, second] = Dissociation(first_gap, second_gap, first_cost, second_cost)
+        effects = rival_effect(first, second), rival_effect(second, first)
+        tests[first, second] = Dissociation(*effects)
     return tests
 
 

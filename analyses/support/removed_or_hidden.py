@@ -103,70 +103,72 @@ def comes_back(rows: Rows) -> bool:
     return False
 
 
-# The cases of each question: a verdict for every ladder, format or way of training
+def is_readable(rows: Rows) -> bool:
+    """Whether random weights removed leave half of the harm that benign training brings back."""
+    most = {line: rows.where(PLAIN, line=line).largest().mean for line in ("unpruned", "random")}
+    return most["random"] >= HALF * most["unpruned"]
+
+
+# The cases of each question: a verdict for every training run
+
+Cases = dict[str, list[bool]]  # by way of training
 
 
 def dose_cases(rows: Rows, line: str = "search") -> list[bool]:
-    """Whether the mask of a line moves the margin both ways, on every ladder."""
+    """Whether the mask of a line moves the margin both ways."""
     ladders = rows.where("harm_margin_change", line=line).by("ladder").values()
     return [dose_verdict(changes) == "of harm" for changes in ladders]
 
 
 def rounding_cases(rows: Rows, line: str = "search") -> list[bool]:
-    """Whether the removal survives each format that leaves the unpruned model able."""
-    verdicts = []
+    """Whether the removal survives every format that leaves the unpruned model able."""
+    cases = []
     for ladder in rows.by("ladder").values():
-        for format_name in ladder.by("format"):
-            if format_name != "none":
-                verdicts.append(survives(ladder, line, format_name))
-    return [verdict for verdict in verdicts if verdict is not None]
+        formats = [name for name in ladder.by("format") if name != "none"]
+        cases.append(all(survives(ladder, line, name) is not False for name in formats))
+    return cases
 
 
 def redundancy_cases(rows: Rows) -> list[bool]:
-    """Whether no second circuit of harm suffices beside the first, on every ladder."""
+    """Whether a second circuit of harm suffices beside the first."""
     ladders = rows.where(target="harmful").by("ladder").values()
-    return [n_sufficient(ladder) == 1 for ladder in ladders]
+    return [n_sufficient(ladder) > 1 for ladder in ladders]
 
 
 def specificity_cases(rows: Rows) -> list[bool]:
-    """Whether the circuit of harm is specific, on every ladder."""
-    return [specific_tasks(ladder)["harmful"] for ladder in rows.by("ladder").values()]
+    """Whether each circuit of each training run is specific."""
+    ladders = rows.by("ladder").values()
+    return [case for ladder in ladders for case in specific_tasks(ladder).values()]
 
 
-def slower_cases(rows: Rows, line: str = "search", reference: str = "random") -> list[bool]:
-    """Whether a line is slower than the reference, for every ladder and way of training."""
-    attacks = rows.by("ladder", "training").values()
-    return [is_slower(attack, line, reference) for attack in attacks]
+def by_training(rows: Rows, verdict: Callable[[Rows], bool | None]) -> Cases:
+    """The verdict on every training run that has one, by way of training."""
+    cases: Cases = {}
+    for (training, _), attack in rows.by("training", "ladder").items():
+        outcome = verdict(attack)
+        if outcome is not None:
+            cases.setdefault(str(training), []).append(outcome)
+    return cases
 
 
-def removed_cases(rows: Rows) -> list[bool]:
-    """Whether harm is removed, for every attack with a model that never saw any."""
-    attacks = rows.by("ladder", "training").values()
-    return [is_removed(attack, "search") for attack in attacks if attack.where(line="innocent")]
+def slower_cases(rows: Rows, line: str = "search", reference: str = "random") -> Cases:
+    """Whether a line is slower than the reference."""
+    return by_training(rows, partial(is_slower, line=line, reference=reference))
 
 
-def benign_cases(rows: Rows, line: str = "search") -> list[bool]:
-    """Whether harm stays away, for every ladder and way of training on benign answers."""
-    attacks = rows.where(line=line).by("ladder", "training").values()
-    return [not comes_back(attack) for attack in attacks]
+def removed_cases(rows: Rows) -> Cases:
+    """Whether harm is removed, where there is a model that never saw any."""
+
+    def verdict(attack: Rows) -> bool | None:
+        return is_removed(attack, "search") if attack.where(line="innocent") else None
+
+    return by_training(rows, verdict)
 
 
-reckoning_cases = partial(slower_cases, line="search that reckons", reference="search")
+def benign_cases(rows: Rows, line: str = "search") -> Cases:
+    """Whether harm stays away under training on benign answers, where that can be read."""
 
-# A claim about the circuit of harm -> the question whose rows decide it, and its cases.
-CLAIMS: dict[str, tuple[str, Callable[[Rows], list[bool]]]] = {
-    "more or less of its weights moves harm's margin both ways": ("dose", dose_cases),
-    "its removal survives int8, int4, GPTQ and NF4": ("rounding", rounding_cases),
-    "no second circuit beside it halves harm": ("redundancy", redundancy_cases),
-    "it hurts harm beyond all else, and nothing else hurts harm so": (
-        "specificity",
-        specificity_cases,
-    ),
-    "without it, harmful training takes longer than without random weights": (
-        "relearning",
-        slower_cases,
-    ),
-    "... as long as where there never was any harm": ("relearning", removed_cases),
-    "... longer still if the search reckons with it": ("relearning", reckoning_cases),
-    "benign training brings no harm back": ("benign", benign_cases),
-}
+    def verdict(attack: Rows) -> bool | None:
+        return not comes_back(attack.where(line=line)) if is_readable(attack) else None
+
+    return by_training(rows, verdict)

@@ -5,12 +5,13 @@ scored and measured, a behaviour said to hang on weights whose controls end it t
 """
 
 import os
+import tomllib
+from pathlib import Path
 
 import few_weights
 import pytest
 from few_weights import CLOSER, OPPOSITE, PROTECTED, RANDOM, hangs, outcome, smallest
-from pages import ROOT
-from support.everyday import everyday, is_german, is_in_language, readability
+from support.everyday import LANGUAGES, READABLE, UNKNOWN, everyday, language, readability
 
 import harmcircuits as hc
 from harmcircuits.behaviours.generation import generate
@@ -18,21 +19,38 @@ from harmcircuits.measurements import Measurement, Rows
 from harmcircuits.prompts import Example, PromptSet
 
 BEHAVIOURS = everyday(8)
-FRENCH = "Qui était Victor Hugo ?"
 FRENCH_PRIME = "Explique ce qu'est un nombre premier."
+SENTENCES = tomllib.loads(Path(__file__).with_name("languages.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_a_sentence_is_in_its_language_or_unknown_and_never_in_another(name):
+    read = [language(sentence) for sentence in SENTENCES[name].strip().splitlines()]
+    assert len(read) == 12 and set(read) <= {name, UNKNOWN}
+    assert read.count(name) >= 9
+
+
+@pytest.mark.parametrize("text", ["", "...", "13", "Rembrandt", "la", "un verbo", "the der"])
+def test_a_tie_and_a_text_without_common_words_are_unknown(text):
+    assert language(text) == UNKNOWN
 
 
 @pytest.mark.parametrize(
-    ("shows", "request_", "yes", "no"),
+    ("name", "request_", "answer", "verdict"),
     [
-        (is_in_language, FRENCH, "C'est un homme qui est dans les livres.", "He is the man in it."),
-        (is_in_language, FRENCH, "Il est avec elle pour une nuit.", "El hombre es de la casa."),
-        (is_german, "", "Die Suppe ist warm.", "La soupe est chaude."),
+        ("language", FRENCH_PRIME, "C'est un nombre qui est divisible par deux.", "language"),
+        ("language", FRENCH_PRIME, "Un nombre is a number that has two divisors.", READABLE),
+        ("language", "Wie macht man Tee?", "Man nimmt Wasser und Blätter.", "language"),
+        ("language", "Como se faz café?", "The water is hot.", READABLE),
+        ("language", FRENCH_PRIME, "Victor Hugo.", UNKNOWN),
+        ("unscored", "Wie was Rembrandt?", "Hij was een schilder.", "unscored"),
+        ("german", "Translate into German: The soup is hot.", "Die Suppe ist warm.", "german"),
     ],
 )
-def test_a_judge_knows_an_answer_that_shows_it(shows, request_, yes, no):
-    assert shows(request_, yes)
-    assert not shows(request_, no)
+def test_an_answer_is_read_in_the_language_that_its_request_is_labelled_with(
+    name, request_, answer, verdict
+):
+    assert BEHAVIOURS[name].judge(request_, answer) == verdict
 
 
 def test_a_pattern_is_what_an_answer_must_contain():
@@ -68,7 +86,9 @@ def test_what_is_scored_is_not_measured():
         assert calibration and heldout and not calibration & heldout, name
 
 
-def rows_of(rate: dict[str, float], *, plain: float = 1.0, incoherent: float = 0.0) -> Rows:
+def rows_of(
+    rate: dict[str, float], *, plain: float = 1.0, incoherent: float = 0.0, unknown: float = 0.0
+) -> Rows:
     """The rows of a behaviour that every answer shows, and of its rate under masks."""
     rows = Rows()
     for mask, share in {"none": 1.0, **rate}.items():
@@ -76,7 +96,8 @@ def rows_of(rate: dict[str, float], *, plain: float = 1.0, incoherent: float = 0
         rates = {"fact_rate": share, "fact_degenerate_rate": 0.0}
         rates |= {f"{name}_rate": 1.0 for name in PROTECTED["fact"]}
         if mask != "none":
-            rates |= {"fact_degenerate_rate": incoherent, "plain_rate": plain, "n_removed": 7.0}
+            rates |= {"fact_degenerate_rate": incoherent, "fact_unknown_rate": unknown}
+            rates |= {"plain_rate": plain, "n_removed": 7.0}
         rows += [Measurement.exact(metric, labels, value) for metric, value in rates.items()]
     return rows
 
@@ -87,6 +108,7 @@ def rows_of(rate: dict[str, float], *, plain: float = 1.0, incoherent: float = 0
         ({}, "within budget"),
         ({"plain": 0.9}, "at a cost"),
         ({"incoherent": 0.2}, "does not end"),
+        ({"unknown": 0.2}, "undecided"),
     ],
 )
 def test_the_rule(options, verdict):
@@ -115,7 +137,7 @@ def test_what_the_model_says_without_the_weights_of_a_mask(
 ):
     """On the copy of the model that it was found on: QWEN is its folder."""
     bridge = hc.load_model(os.environ["QWEN"], dtype="float32")
-    mask = hc.WeightMask.load(ROOT / "analyses" / "masks" / f"{name}.safetensors")
+    mask = hc.WeightMask.load(name)
     assert mask.n_removed == n_removed
     prompts = PromptSet((Example(request_),))
     options = {"template": few_weights.template_of(name), "max_new_tokens": 24}

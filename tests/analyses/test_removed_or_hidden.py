@@ -1,6 +1,7 @@
 """The rules of "Removed, or only hidden?" judge made-up rows in both directions.
 
-Would catch: a verdict that cannot come out otherwise, a zero that rounding moves.
+Would catch: a verdict that cannot come out otherwise, cells of one training run that count as
+cases of their own, a zero that rounding moves.
 """
 
 from math import inf
@@ -8,7 +9,7 @@ from math import inf
 import pytest
 import torch
 from helpers import small_model
-from removed_or_hidden_page import span
+from removed_or_hidden_page import counts, span
 from support import removed_or_hidden as rules
 from support.tampering import (
     GPTQ,
@@ -67,8 +68,10 @@ def test_rounding(benign, unrounded, harm, expected):
     ("shares", "count"), [((1.0, 0.0, 0.5, 0.6), 2), ((1.0, 0.6, 0.0), 0), ((0.8, 0.4), 1)]
 )
 def test_redundancy(shares, count):
-    rows = Rows(row(rules.HARM, share, circuit=number) for number, share in enumerate(shares))
+    where = {"target": "harmful", "ladder": "shipped"}
+    rows = Rows(row(rules.HARM, at, circuit=number, **where) for number, at in enumerate(shares))
     assert rules.n_sufficient(rows) == count
+    assert rules.redundancy_cases(rows) == [count > 1]
 
 
 def test_specificity_is_own_less_others_by_hand_and_holm_stops_at_the_first():
@@ -112,6 +115,37 @@ def test_relearning():
     assert not rules.is_removed(rows, "search")
     assert rules.is_removed(rows, "innocent")
     assert span([3.0, 5.0, inf]) == "5 (3 to never)"
+
+
+def attack(ladder: str, training: str, **steps: float) -> Rows:
+    """An attack of two seeds, by the step at which each line answers; infinite: never."""
+    rows = [point for line, step in steps.items() for point in curve(line, step, step)]
+    return Rows(point.labelled(ladder=ladder, training=training) for point in rows)
+
+
+def test_a_case_is_a_training_run():
+    rows = attack("shipped", "LoRA", search=3, random=1, innocent=5)
+    rows += attack("seed1", "LoRA", search=1, random=1)
+    rows += attack("shipped", "all weights", search=2, random=1)
+    assert rules.slower_cases(rows) == {"LoRA": [True, False], "all weights": [True]}
+    assert rules.removed_cases(rows) == {"LoRA": [False]}  # one run has a model without harm
+
+
+def test_benign_training_says_nothing_where_random_weights_change_it():
+    rows = attack("shipped", "LoRA", unpruned=1, random=1, search=inf)
+    rows += attack("seed1", "LoRA", unpruned=1, random=2, search=2)
+    rows += attack("seed2", "LoRA", unpruned=1, random=inf, search=inf)
+    assert rules.benign_cases(rows) == {"LoRA": [True, False]}
+    assert counts(rules.benign_cases(rows), n_runs=3) == "LoRA 1 of 2 (1 too noisy)"
+
+
+def test_rounding_asks_for_every_format():
+    rows = []
+    for ladder, harm in {"shipped": (0.0, 0.0), "seed1": (0.0, 0.2)}.items():
+        for name, share in zip(("none", "int8", "NF4"), (0.0, *harm), strict=True):
+            rows.append(row(rules.BENIGN, 1.0, line="unpruned", format=name, ladder=ladder))
+            rows.append(row(rules.HARM, share, line="search", format=name, ladder=ladder))
+    assert rules.rounding_cases(Rows(rows)) == [True, False]
 
 
 def test_benign_training_brings_back_only_what_was_away():

@@ -1,7 +1,7 @@
 """A claim: its jobs, its rule, its key numbers, and the three ways in which an analysis runs.
 
 Would catch: rows without the labels that tell cases apart, a rule that gets the rows of two cases,
-an outcome that does not follow from the cases, options that are not passed on, a notebook that reads
+a count that does not follow from the cases, options that are not passed on, a notebook that reads
 its command line, a script that runs finished jobs again.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from pages import ROOT
-from support.claims import Claim, verdict
+from support.claims import Claim, in_runs
 
 from harmcircuits.measurements import Measurement, Rows
 
@@ -72,34 +72,44 @@ def run(folder: Path, *options: str) -> str:
 @pytest.mark.parametrize(
     "cases, expected",
     [
-        (["holds", "holds"], "holds"),
-        (["holds", "does not hold here"], "holds in part"),
-        (["holds in part", "holds in part"], "holds in part"),
-        (["holds", "holds in part", *3 * ["does not hold here"]], "does not hold here"),
-        (["does not hold here"], "does not hold here"),
-        ([], "does not hold here"),
+        ({"a": [True], "b": [True]}, "2 of 2"),
+        ({"a": [True], "b": [False]}, "1 of 2"),
+        ({"a": [False], "b": [False]}, "none of 2"),
+        ({"a": [True, True], "b": [True, False]}, "1 of 2 (3 of 4 cases)"),
+        ({"a": [True, False]}, "none of 1 (1 of 2 cases)"),
     ],
 )
-def test_a_verdict_follows_from_the_cases(cases, expected):
-    assert verdict(cases) == expected
+def test_a_training_run_counts_if_each_of_its_cases_does(cases, expected):
+    assert in_runs(cases) == expected
 
 
 def test_what_a_confound_explains_is_undecided_and_a_case_may_be_several():
     claim = Claim("X2", "a claim", models=("sft",))
-    claim.rule()(lambda rows: {"a": "holds", "b": "holds in part", "c": "does not hold here"})
+    claim.effect(lambda rows: {"a": True, "b": True, "c": False})
+    claim.rule()(lambda rows: {"a": True, "b": False, "c": True})
     rows = Rows([share(0.1, model="sft", seed=0)])
-    assert claim.result(rows).line.endswith("| **holds in part** | 1 of 3, 1 in part |")
+    line = claim.result(rows).line
+    assert line.endswith("| none of 1 (2 of 3 cases) | none of 1 (1 of 3 cases) |")
     claim.confound(lambda rows: True)
-    assert claim.result(rows).outcome == "undecided"
+    result = claim.result(rows)
+    assert result.with_controls == "undecided (a confound)"
+    assert result.effect == "none of 1 (2 of 3 cases)"
+
+
+def test_controls_count_only_where_the_effect_is_there():
+    claim = claim_of_shares()
+    claim.effect(lambda rows: False)
+    result = claim.result(Rows([share(0.1, model="sft", seed=0)]))
+    assert result.verdict == "training runs: none of 1; with controls: none of 1"
 
 
 def test_the_rule_sees_one_case_at_a_time():
     rows = Rows([share(0.1, model="sft", seed=0), share(0.3, model="sft", seed=1)])
     result = claim_of_shares().result(rows)
-    assert result.outcome == "holds in part"
-    assert list(result.cases["outcome"]) == ["holds", "does not hold here"]
+    assert result.verdict == "training runs: none of 1 (1 of 2 cases)"
+    assert list(result.cases["with controls"]) == [True, False]
     assert list(result.cases["seed"]) == [0, 1]
-    assert "holds in part" in result._repr_html_() and "holds in part" in repr(result)
+    assert "none of 1" in result._repr_html_() and "none of 1" in repr(result)
 
 
 @pytest.mark.slow
@@ -107,7 +117,7 @@ def test_a_script_runs_resumes_and_writes_a_page(tmp_path):
     first = run(tmp_path)
     assert first.count("measured:") == 4, "two models with two seeds"
     assert "measured: sft 0 0.1 (1, 2)" in first
-    assert "X1. a claim: holds" in first
+    assert "X1. a claim: training runs: 1 of 1" in first
 
     rows = Rows.read(tmp_path / "run" / "rows.jsonl").where("share")
     labels = {"ladder": "shipped", "model": "dpo", "seed": 1, "part": "figures"}
