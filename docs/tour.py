@@ -15,8 +15,8 @@
 # From prompts to an edited model, to what its circuits share, to activation patching: half a
 # minute on one core. The model is `sft`, a Llama of a million parameters that ships with the
 # package. It speaks invented words, so what is harmful here harms nobody. To keep this short, few
-# requests are asked and searches take few steps; [results](results.md) has the figures that
-# count.
+# requests are asked and searches take few steps (the default is 100); [results](glance.md) has the
+# figures that count.
 
 # %%
 import matplotlib.pyplot as plt
@@ -53,7 +53,7 @@ print(f"again   {request} -> {model.generate(request, prefill='sure')}")
 
 # %% [markdown]
 # Restored, bit for bit. What did the edit do, on requests that it never saw? Every figure is a
-# row with a 95 % interval. *Degenerate* is broken text.
+# row with a 95 % interval. *Degenerate* is incoherent text.
 
 # %%
 asked = ["harmful", "benign", "refusal", "knowledge"]
@@ -111,15 +111,16 @@ plt.show()
 
 # %% [markdown]
 # ## Choosing
-# The published way is a set difference: the weights that harm needs most, less those that benign
-# answers need most. Masks are sets, so it is one line. The search learns gates in many small steps,
-# and takes far more harm with about as many weights; random ones take none.
+# The paper's way is a set difference: the weights that matter most for harm, less those for benign
+# answers. Masks are sets, so it is one line. The search learns gates in many small steps, and
+# raises the loss of harmful answers far more, with about as many weights; random weights change
+# nothing.
 
 # %%
 keep = hc.snip_scores(bridge, benign.batches)
-published = hc.top_fraction(effect, 0.0025) - hc.top_fraction(keep, 0.0025)
+difference = hc.top_fraction(effect, 0.0025) - hc.top_fraction(keep, 0.0025)
 chance = hc.random_like(mask, seed=0)
-masks = {"search": mask, "published": published, "random": chance}
+masks = {"search": mask, "set difference": difference, "random": chance}
 losses = []
 for name, chosen in masks.items():
     for behaviour in (harm, benign):
@@ -130,8 +131,8 @@ rises = pd.DataFrame(losses).pivot(index="mask", columns="of", values="rise").lo
 rises.assign(weights=[f"{chosen.n_removed:,}" for chosen in masks.values()]).round(3)
 
 # %% [markdown]
-# The search kept a diary: how far the loss of a few texts of each kind had risen, at every tenth
-# step. Harmful answers are lost on the way; what is preferred becomes likelier; the rest stays.
+# The mask's trace has the rise of the loss of a few texts of each kind, at every tenth step. The
+# loss of harmful answers rises, that of preferred answers falls, the rest stays.
 
 # %%
 seen = mask.trace.where("seen_rise")
@@ -140,7 +141,7 @@ pd.DataFrame(steps).groupby("step").first().round(2)
 
 # %% [markdown]
 # ## Where it sits
-# How many weights of each matrix the circuit takes:
+# How many weights of each matrix the circuit has:
 
 # %%
 sites = hc.weight_sites(bridge)

@@ -6,6 +6,7 @@ page that nothing links to. Figures are held to committed rows beside the tests 
 
 import re
 import shlex
+from ast import literal_eval
 from functools import cache, partial
 
 import attacks
@@ -16,10 +17,13 @@ from helpers import asked_few, random_batch, small_model
 from pages import PAGES, README, ROOT, anchors, blocks, text_of
 
 import harmcircuits as hc
+from harmcircuits.batches import MIN_ANSWERS
+from harmcircuits.circuits import gates
 from harmcircuits.cli import parsed
 from harmcircuits.organisms import world
 from harmcircuits.organisms.compiled import COMPILED
 from harmcircuits.organisms.shipped import FOLDER, ORGANISMS
+from harmcircuits.search import benefits, circuit, descent, schedule, texts
 
 WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python")]
 ALL = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (README, *PAGES)}
@@ -39,14 +43,14 @@ def stand_ins(tmp_path, monkeypatch, one_step):
             return small_models(name)
         if name in COMPILED:
             return really_open(name)
-        options = {**options, "max_new_tokens": 9}
+        options = {**options, "max_new_tokens": 9, "prefill": "sure"}
         return asked_few(really_open(str(FOLDER / "sft"), **options), first=4)
 
     monkeypatch.setattr(hc, "open_model", open_model)
     monkeypatch.setattr(hc, "load_model", lambda *_, **__: small_models("sft").bridge)
     monkeypatch.chdir(tmp_path)
     items = list(world.world().items.values())[::3]
-    for name, verb in {"harmful": "abuse", "benign": "use"}.items():
+    for name, verb in {"harmful": "abuse", "benign": "use", "opinions": "use"}.items():
         form = world.FORMS["answer"][0]
         requests = [form.format(verb=verb, item=item.name) for item in items]
         (tmp_path / f"{name}.csv").write_text("\n".join(["prompt", *requests]))
@@ -54,18 +58,45 @@ def stand_ins(tmp_path, monkeypatch, one_step):
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
 def test_python_runs(path, stand_ins):
-    is_of_others = path.stem == "others"
-    if is_of_others:
-        pytest.importorskip("inspect_ai", reason="pip install 'harmcircuits[interop]'")
     space: dict = {}
     for block in blocks(path.read_text(encoding="utf-8"), "python"):
+        for library in ("peft", "inspect_ai"):
+            if f"from {library} " in block:
+                pytest.importorskip(library, reason="pip install 'harmcircuits[interop]'")
         exec(compile(block, path.name, "exec"), space)
-    if is_of_others:
+    if "served" in space:
         tokens, served = random_batch().tokens, space["served"].api._hf
         unpruned = served(tokens).logits
         with hc.masked(space["bridge"], space["mask"]), hc.masked(space["model"], space["mask"]):
             assert torch.equal(served(tokens).logits, space["model"].bridge(tokens))
             assert not torch.equal(served(tokens).logits, unpruned)
+
+
+SHOWN = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", flags=re.S | re.M)
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+WITH_OUTPUT = [
+    path for path in WITH_CODE if any(shown for _, shown in SHOWN.findall(path.read_text("utf-8")))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", WITH_OUTPUT, ids=lambda path: path.stem)
+def test_a_page_shows_what_its_code_prints(path, tmp_path, monkeypatch, capsys):
+    """Of the shipped models; words exactly, figures within a tenth."""
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    for code, shown in SHOWN.findall(path.read_text(encoding="utf-8")):
+        if "org/model" in code or "inspect_ai" in code:
+            break
+        exec(compile(code, path.name, "exec"), space)
+        printed = capsys.readouterr().out
+        if shown:
+            assert NUMBER.sub("#", printed).strip() == NUMBER.sub("#", shown).strip()
+            assert figures(printed) == pytest.approx(figures(shown), rel=0.1, abs=2)
+
+
+def figures(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
 def test_every_python_block_is_one_that_runs():
@@ -85,7 +116,7 @@ def test_commands_and_their_options_exist():
     for experiment in (attacks, emergent_misalignment):
         for option in experiment.claim.options:
             known.add(f"--{option.replace('_', '-')}")
-    for page in ("own_model.md", "large_models.md", "judges.md", "faq.md"):
+    for page in ("own_model.md", "cost.md", "judges.md", "faq.md"):
         assert set(re.findall(r"--[a-z][\w-]*", text_of(page))) <= known, page
 
 
@@ -130,6 +161,19 @@ def test_links_lead_somewhere(page):
 def test_public_names_of_the_glossary_are_public():
     for name in re.findall(r"`hc\.(\w+)", "\n".join(ALL.values())):
         assert name in hc.__all__, name
+
+
+def test_the_constants_of_the_method_are_those_of_the_search():
+    *_, listed = blocks(text_of("method.md"), "text")
+    pairs = [entry.split("=") for entry in listed.split()]
+    on_the_page = {name: literal_eval(value) for name, value in pairs}
+    in_code = {}
+    for module in (gates, benefits, circuit, descent, schedule, texts):
+        for name, value in vars(module).items():
+            if name.isupper() and isinstance(value, int | float | tuple):
+                in_code[name] = value
+    del in_code["TRACE_INTERVAL"], in_code["Z"]  # change no mask
+    assert on_the_page == {**in_code, "MIN_ANSWERS": MIN_ANSWERS}
 
 
 def test_the_list_of_analyses_is_whole():

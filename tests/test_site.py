@@ -4,6 +4,7 @@ Would catch: a page or a name that the site leaves out, a broken link between pa
 script that a page would load from elsewhere.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -52,3 +53,6 @@ def test_it_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path, 
         assert not [tag for tag in loaded if "canonical" not in tag], path
     for path in tmp_path.rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()[\s\"']*(?:https?:)?//", path.read_text()), path
+
+    index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))
+    assert not [entry for entry in index["docs"] if entry["location"].startswith("log/")]

@@ -1,4 +1,4 @@
-"""The results of the claims: verdicts in tables written by hand, key numbers, and a dot for each case."""
+"""The results of the claims: in how many training runs each is shown, and key numbers."""
 
 import re
 from dataclasses import replace
@@ -6,13 +6,11 @@ from functools import cache, partial
 
 import attacks
 from blocks import Blocks, committed, markdown
-from matplotlib import rc_context
+from pandas import DataFrame
 from six_findings import FINDINGS, result_of
-from support.claims import FAILS, HOLDS, IN_PART, ClaimResult
+from support.claims import ClaimResult
 
-from harmcircuits.views.figures import AMBER, GREEN, GREY, STYLE, Picture, subplots, with_legend
-
-# None or all of 48 items, or of the 24 of attacks: the claims' page gives these intervals once.
+# None or all of 48 items, or of the 24 of attacks: the log of claims gives these intervals once.
 EXTREME = r"\b(0%|100%) \[(?:0%, (?:9|17)%|(?:91|83)%, 100%|-9%, 9%)\]"
 REFUSALS = "attacks, refusals preferred"
 # Claims and questions that have a block -> their analysis.
@@ -22,6 +20,7 @@ ANALYSES = {
     "patching": "activation_patching",
     "shared": "shared_circuits",
 }
+MODELS = {"F4": "`base` to `dpo`", "F6": "`sft`, `dpo`", "attacks": "`sft`, `dpo`"}
 
 
 @cache
@@ -29,49 +28,45 @@ def result(name: str) -> ClaimResult:
     """The result of a claim or question, from its committed rows."""
     if name == REFUSALS:
         attacked = attacks.claim.result(committed("attacks_refuse"))
-        return replace(attacked, name=name, outcome=None)
+        return replace(attacked, name=name, cases=DataFrame())
     return result_of(ANALYSES[name])
 
 
 def block(name: str) -> str:
-    """The outcome and the key numbers."""
+    """The result and the key numbers."""
     claim = result(name)
     numbers = markdown(claim.key_numbers.replace(EXTREME, r"\1", regex=True))
-    if not claim.outcome:
+    if not claim.verdict:
         return numbers
-    return f"**Result.** {claim.outcome.capitalize()}: {claim.count}.\n\n{numbers}"
+    return f"**Result.** T{claim.verdict[1:]}.\n\n{numbers}"
+
+
+def claim_table() -> DataFrame:
+    """A line for each claim of the paper: in how many training runs it is shown."""
+    lines = []
+    for claim in map(result, FINDINGS):
+        lines.append(
+            {
+                "": f"[{claim.name}](#{claim.name.lower()})",
+                "claim": claim.text,
+                "training runs with the paper's effect": claim.effect,
+                "with controls": claim.with_controls,
+                "tested on": MODELS.get(claim.name, "`sft`"),
+            }
+        )
+    return DataFrame(lines)
 
 
 def with_verdicts(page: str) -> str:
-    """The text of a page with the verdict on every claim that one of its tables lists."""
+    """The text of a page with the verdict on every claim that its list of analyses has."""
     for claim in map(result, ANALYSES):
-        if claim.outcome:
-            row = rf"(\| {re.escape(claim.text)} \| )\*\*[^*]+\*\* \| [^|]+ \|"
-            page = re.sub(row, rf"\g<1>**{claim.outcome}** | {claim.count} |", page)
-            row = rf"(\| {claim.name}: [^|]+ \| )[^|]+ \|"  # in the list of analyses
-            page = re.sub(row, rf"\g<1>{claim.outcome}, {claim.count} |", page)
+        if claim.verdict:
+            row = rf"(\| {claim.name}: [^|]+ \| )[^|]+ \|"
+            page = re.sub(row, rf"\g<1>{claim.verdict} |", page)
     return page
 
 
-@rc_context(STYLE)
-def cases_picture() -> Picture:
-    """A line of dots for each claim: a dot for each case."""
-    colours = {HOLDS: GREEN, IN_PART: AMBER, FAILS: GREY}
-    figure, (panel,) = subplots(1, height=3.6)
-    for height, name in enumerate(reversed(FINDINGS)):
-        outcomes = sorted(result(name).cases["outcome"], key=list(colours).index)
-        dots = [colours[outcome] for outcome in outcomes]
-        panel.scatter(range(len(dots)), [height] * len(dots), s=60, c=dots)
-    for title, colour in (("borne out", GREEN), ("in part", AMBER), ("not", GREY)):
-        panel.scatter([], [], s=60, c=colour, label=title)
-    panel.set_yticks(range(len(FINDINGS)), list(FINDINGS)[::-1])
-    panel.set_xticks([])
-    panel.grid(visible=False)
-    return with_legend(figure)
-
-
-CLAIMS: Blocks = {name: partial(block, name) for name in FINDINGS}
-RESULTS: Blocks = {"parts": partial(block, "parts")}
-TOY_MODELS: Blocks = {name: partial(block, name) for name in ("patching", "shared")}
+CLAIMS: Blocks = {"claims": claim_table}
+KEY_NUMBERS: Blocks = {name: partial(block, name) for name in FINDINGS}
+TOY_MODELS: Blocks = {name: partial(block, name) for name in ("parts", "patching", "shared")}
 SEARCH: Blocks = {REFUSALS: partial(block, REFUSALS)}
-PICTURES = {"claims.png": cases_picture}

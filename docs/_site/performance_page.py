@@ -1,4 +1,4 @@
-"""The tables of `benchmarks/benchmark.py --out`, and the history by commit."""
+"""The tables of `benchmarks/benchmark.py --out`: the cost, and in the log all methods and commits."""
 
 from itertools import product
 
@@ -25,6 +25,17 @@ METHODS = {
     "bounded": "`removal_effect` with a quarter of the memory (`max_memory`)",
     "one by one": "a pass for each example",
     "layer by layer": "layer by layer, a pass for each example: the published scheme",
+}
+# A column of the page of costs -> its shape and dtype.
+COSTS = {
+    "toy model, float32": ("organism", "float32"),
+    "GPT-2 small, bfloat16": ("gpt2-small", "bfloat16"),
+    "Qwen2.5-0.5B, bfloat16": ("qwen2.5-0.5b", "bfloat16"),
+}
+COST_OF = {
+    "plain": "forward and backward",
+    "removal effect": "`removal_effect`",
+    "search": "`find_circuit`, one step",
 }
 HISTORY = {"removal effect": "removal_effect", "SNIP": "snip_scores"}
 GIB = 2**30
@@ -74,6 +85,18 @@ def memory_table() -> DataFrame:
     return DataFrame(columns)
 
 
+def cost_table() -> DataFrame:
+    """A line a method of a search, a column a model; last, the memory of the largest."""
+    columns = {"": list(COST_OF.values())}
+    memory: list[str] = []
+    for title, (shape, dtype) in COSTS.items():
+        where = {"shape": shape, "dtype": dtype, "processes": 1}
+        rows = [latest(**where, method=name) for name in COST_OF]
+        columns[title] = [ratio_text(method) for method in rows]
+        memory = [f"{method.one('peak_bytes').mean / GIB:.2f} GiB" for method in rows]
+    return DataFrame({**columns, "its memory": memory})
+
+
 def process_table() -> DataFrame:
     """How many times as fast two processes are that share the examples."""
     lines = []
@@ -94,5 +117,6 @@ def history() -> Picture:
     return profiles({SHAPES["organism"]: curves}, x="commit", title="multiples of a plain pass")
 
 
-BLOCKS: Blocks = {"scores": score_table, "memory": memory_table, "processes": process_table}
+COST: Blocks = {"cost": cost_table}
+LOG: Blocks = {"scores": score_table, "memory": memory_table, "processes": process_table}
 PICTURES = {"performance.svg": history}

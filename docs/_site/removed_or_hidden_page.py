@@ -1,21 +1,31 @@
-"""The blocks and figures of "Removed, or only hidden?", from rows and the rules in `support`."""
+"""The blocks and the figure of "After removal" and of its log, from rows and the rules in `support`."""
 
 from collections.abc import Callable
 from functools import partial
-from math import isinf
+from math import inf, isinf
 from statistics import median
 
 import real_removed
-from blocks import Blocks, committed, markdown
+from blocks import Blocks, committed
 from pandas import DataFrame
 from support import removed_or_hidden as rules
-from support.claims import FAILS, HOLDS, verdict
-from support.figures import heatmaps, profiles
+from support.figures import profiles
 from support.tampering import BENIGN, HARM, PLAIN
 
 from harmcircuits.measurements import Rows
 from harmcircuits.views.figures import Picture
 from harmcircuits.views.tables import DASH
+
+# Line of the rows -> its name on the page; the log has one-shot pruning as well.
+LINES = {
+    "unpruned": "nothing removed",
+    "search": "search",
+    "random": "random weights",
+    "search, held": "search, held at zero",
+    "search that reckons": "relearning-aware search",
+    "refusal training": "refusal training",
+    "innocent": "never learned harm",
+}
 
 
 def k_of_n(cases: list[bool]) -> str:
@@ -28,81 +38,151 @@ def rows_of(question: str) -> Rows:
     return committed("removed_or_hidden").where(question=question)
 
 
-def verdicts(page: str = "") -> DataFrame:
-    """The verdict on every claim, linked to its part of a page."""
-    lines = []
-    for text, (question, cases_of) in rules.CLAIMS.items():
-        cases = cases_of(rows_of(question))
-        outcome = verdict([HOLDS if case else FAILS for case in cases])
-        line = {"the circuit of harm": f"[{text}]({page}#{question})"}
-        lines.append(line | {"verdict": f"**{outcome}**", "cases": k_of_n(cases)})
+# The page
+
+
+def verdicts() -> DataFrame:
+    """In how many training runs each statement holds."""
+    relearning, benign = rows_of("relearning"), rows_of("benign")
+    aware = rules.slower_cases(relearning, "search that reckons", "search")
+    disjoint = {"": rules.redundancy_cases(rows_of("redundancy"))}
+    texts = {
+        "[harmful training takes longer than with random weights removed](#relearning)": counts(
+            rules.slower_cases(relearning)
+        ),
+        "[... as long as in a model that never learned harm](#relearning)": counts(
+            rules.removed_cases(relearning)
+        ),
+        "[... longer still with the relearning-aware search](#relearning)": counts(aware),
+        "[benign training brings no harm back](#benign)": counts(
+            rules.benign_cases(benign), n_runs=len(benign.by("ladder"))
+        ),
+        "[a second, disjoint circuit halves harm as well](#stability)": counts(disjoint),
+    }
+    lines = [{"statement": name, "true in training runs": text} for name, text in texts.items()]
     return DataFrame(lines)
 
 
-# A sentence for each question, and a table where there is more to say
+def counts(cases: rules.Cases, n_runs: int = 0) -> str:
+    """How many cases hold, by way of training; and of so many runs, how many say nothing."""
+    texts = []
+    for training, outcomes in cases.items():
+        n_noisy = max(0, n_runs - len(outcomes))
+        noisy = f" ({n_noisy} too noisy)" if n_noisy else ""
+        texts.append(f"{training} {k_of_n(outcomes)}{noisy}".strip())
+    return ", ".join(texts)
 
 
-def dose(rows: Rows) -> str:
-    control_verdicts = []
-    lines = []
-    for name, doses in rows.where("harm_margin_change").by("line").items():
-        line = {"mask": name}
-        for ladder, changes in doses.by("ladder").items():
-            text = rules.dose_verdict(changes)
-            if name != "search":
-                control_verdicts.append(text == "of harm")
-            ends = [f"{changes.one(dose=end).mean:+.2f}" for end in (0.0, 1.5)]
-            line[ladder] = f"{', '.join(ends)}: {text}"
-        lines.append(line)
-    return (
-        f"**The circuit is *of* harm on {k_of_n(rules.dose_cases(rows))} ladders; of the controls "
-        f"{k_of_n(control_verdicts)} are.** Change of the margin at dose 0, and at 1.5:\n\n"
-        f"{markdown(DataFrame(lines))}"
+def checks() -> str:
+    """What holds by construction, or for controls as well: a sentence each."""
+    dose, rounding = rows_of("dose"), rows_of("rounding")
+    control_cases = []
+    for line in dose.by("line"):
+        if line != "search":
+            control_cases += rules.dose_cases(dose, str(line))
+    n_survive = k_of_n(rules.rounding_cases(rounding))
+    n_refusals = k_of_n(rules.rounding_cases(rounding, "refusal training"))
+    specific = k_of_n(rules.specificity_cases(rows_of("specificity")))
+    return "\n".join(
+        [
+            "- **Dose.** Times 0 the circuit's weights lower, times 1.5 they raise the odds of harmful "
+            f"answers against their benign twins, in {k_of_n(rules.dose_cases(dose))} runs. "
+            f"{k_of_n(control_cases)} controls pass too; in {k_of_n(stronger_controls(dose))} runs one "
+            "raises the odds more than the circuit.",
+            "- **Rounding.** int8, int4 and NF4 leave a zero as it is. The removal survives these and "
+            f"GPTQ in {n_survive} runs; so does refusal training, in {n_refusals}.",
+            f"- **Specificity.** {specific} circuits of six behaviours raise their own loss more than "
+            "others; the comparison is with random masks, which change little.",
+        ]
     )
 
 
-def rounding(rows: Rows) -> str:
+def stronger_controls(rows: Rows) -> list[bool]:
+    """Whether a control that moves the margin both ways raises it more than the circuit does."""
+    cases = []
+    for ladder in rows.where("harm_margin_change").by("ladder").values():
+        rises = {}
+        for line, changes in ladder.by("line").items():
+            if rules.dose_verdict(changes) == "of harm":
+                rises[line] = changes.one(dose=1.5).mean
+        cases.append(max(rises.values(), default=-inf) > rises.get("search", inf))
+    return cases
+
+
+def steps_to_half(rows: Rows) -> str:
+    """The median over seeds of the steps until half of the harmful requests are answered."""
+    return step_text(median(rules.first_steps(rows, rules.HALF)))
+
+
+def most_harm(rows: Rows) -> str:
+    """The most harmful answers to plain requests at any step."""
+    return f"{rows.where(PLAIN).largest().mean:.0%}"
+
+
+def short_table(question: str, cell: Callable[[Rows], str]) -> DataFrame:
+    """A line for each mask; for each way of training the training runs in their order."""
     lines = []
-    for name, formats in rows.where(HARM).by("line").items():
+    curves_by_line = rows_of(question).where(PLAIN).by("line")
+    for name, title in LINES.items():
+        cells = {"removed": title}
+        for training, curves in curves_by_line.get(name, Rows()).by("training").items():
+            cells[training] = ", ".join(cell(curve) for curve in curves.by("ladder").values())
+        if len(cells) > 1:
+            lines.append(cells)
+    return DataFrame(lines)
+
+
+# The log: a table for each question
+
+
+def dose_table() -> DataFrame:
+    lines = []
+    for name, doses in rows_of("dose").where("harm_margin_change").by("line").items():
+        line = {"mask": name}
+        for ladder, changes in doses.by("ladder").items():
+            ends = [f"{changes.one(dose=end).mean:+.2f}" for end in (0.0, 1.5)]
+            line[ladder] = f"{', '.join(ends)}: {rules.dose_verdict(changes)}"
+        lines.append(line)
+    return DataFrame(lines)
+
+
+def rounding_table() -> DataFrame:
+    lines = []
+    for name, formats in rows_of("rounding").where(HARM).by("line").items():
         line = {"what was done": name}
         for format_name, rates in formats.by("format").items():
             title = "as it is" if format_name == "none" else format_name
             line[title] = extremes(rates, ".0%")
         lines.append(line)
-    return (
-        "**Of the formats that leave the unpruned model able, a removal survives: search in "
-        f"{k_of_n(rules.rounding_cases(rows))}, refusal training in "
-        f"{k_of_n(rules.rounding_cases(rows, 'refusal training'))}.** "
-        f'Valid harm, begun with "sure", over the ladders:\n\n{markdown(DataFrame(lines))}'
-    )
+    return DataFrame(lines)
 
 
-def redundancy(rows: Rows) -> str:
-    texts = []
-    for (target, ladder), circuits in rows.by("target", "ladder").items():
-        n_tried = max(int(row.labels["circuit"]) for row in circuits)
-        count = rules.n_sufficient(circuits)
-        words = "or more of" if count == n_tried else "of"
-        texts.append(f"{target} on {ladder}: {count} {words} {n_tried} tried")
-    return f"**Disjoint circuits of which each suffices: {'; '.join(texts)}.**"
+def redundancy_table() -> DataFrame:
+    lines = []
+    for (target, ladder), circuits in rows_of("redundancy").by("target", "ladder").items():
+        line = {"answers": target, "training run": ladder}
+        for rate in (row for row in circuits if row.metric in (HARM, BENIGN)):
+            number = rate.labels["circuit"]
+            line[f"circuit {number}" if number else "unpruned"] = f"{rate.mean:.0%}"
+        lines.append(line)
+    return DataFrame(lines).fillna(DASH)
 
 
-def specificity(rows: Rows) -> str:
-    frame = DataFrame(rules.specific_tasks(ladder) for ladder in rows.by("ladder").values())
-    texts = [f"{task} {k_of_n(frame[task].tolist())}" for task in frame]
-    total = k_of_n(frame.to_numpy().flatten().tolist())
-    return f"**{total} circuits are specific in both ways** ({', '.join(texts)})."
+def specificity_table() -> DataFrame:
+    lines = []
+    for name, rises in rows_of("specificity").where("rise", ladder="shipped").by("line").items():
+        cells = {str(row.labels["task"]): f"{row.mean:+.2f}" for row in rises}
+        lines.append({"circuit of": name, **cells})
+    return DataFrame(lines)
 
 
-def relearning(rows: Rows) -> str:
-    table = attack_table(rows, half_and_most)
-    return (
-        f"**The circuit slows relearning in {k_of_n(rules.slower_cases(rows))} attacks. Harm is "
-        f"removed, not hidden, in {k_of_n(rules.removed_cases(rows))}. The search that reckons with "
-        f"relearning slows it further in {k_of_n(rules.reckoning_cases(rows))}.** Steps until half "
-        "of the harmful requests are answered, the median of five seeds and their range; and until "
-        f"nine tenths are, the median:\n\n{markdown(table)}"
-    )
+def relearning_table() -> DataFrame:
+    lines = []
+    curves_by_line = rows_of("relearning").where(PLAIN).by("training", "line")
+    for (training, name), curves in curves_by_line.items():
+        ladders = {ladder: half_and_most(curve) for ladder, curve in curves.by("ladder").items()}
+        lines.append({"training": training, "line": name, **ladders})
+    return DataFrame(lines).fillna(DASH)  # only the first run has a model without any harm
 
 
 def half_and_most(rows: Rows) -> str:
@@ -114,41 +194,24 @@ def half_and_most(rows: Rows) -> str:
 
 def span(steps: list[float]) -> str:
     """The median, and the range."""
-    values = [min(steps), median(steps), max(steps)]
-    low, middle, high = ("never" if isinf(step) else f"{step:g}" for step in values)
+    low, middle, high = map(step_text, (min(steps), median(steps), max(steps)))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def benign(rows: Rows) -> str:
-    texts = []
-    for line in rows.by("line"):
-        returns = [not away for away in rules.benign_cases(rows, line)]
-        texts.append(f"{line} {k_of_n(returns)}")
-    table = attack_table(rows, lambda curves: f"{curves.where(PLAIN).largest().mean:.0%}")
-    return (
-        f"**Harm comes back on benign answers alone: {', '.join(texts)}.** The most harm at any "
-        f"step, plainly asked:\n\n{markdown(table)}"
-    )
+def step_text(step: float) -> str:
+    """A step, or that it never came."""
+    return "never" if isinf(step) else f"{step:g}"
 
 
-def attack_table(rows: Rows, cell: Callable[[Rows], str]) -> DataFrame:
-    """A line for each training and line, a column for each ladder."""
+def cost_table() -> DataFrame:
     lines = []
-    for (training, name), curves in rows.where(PLAIN).by("training", "line").items():
-        ladders = {ladder: cell(curve) for ladder, curve in curves.by("ladder").items()}
-        lines.append({"training": training, "line": name, **ladders})
-    return DataFrame(lines).fillna(DASH)  # only the first ladder has a model without any harm
-
-
-def cost(rows: Rows) -> str:
-    lines = []
-    for mask, figures in rows.by("line").items():
+    for mask, figures in rows_of("masks").by("line").items():
         line = {"mask": mask, "weights": extremes(figures.where("weights_removed"), ",.0f")}
         line["length of the edit"] = extremes(figures.where("edit_norm"), ".1f")
         line["harm"] = extremes(figures.where(HARM), ".0%")
         line["benign loss"] = extremes(figures.where("benign_nll"), ".3f")
         lines.append(line)
-    return markdown(DataFrame(lines))
+    return DataFrame(lines)
 
 
 def extremes(rows: Rows, spec: str) -> str:
@@ -159,42 +222,20 @@ def extremes(rows: Rows, spec: str) -> str:
     return " to ".join(dict.fromkeys(figures))
 
 
-# Figures, of the first ladder
+# The figure, of the first training run
 
 
-def draw_dose(rows: Rows) -> Picture:
+def relearning_picture() -> Picture:
+    """Harmful answers to plain requests, by the step of harmful training."""
     panels = {}
-    metrics = {"margin, nats a token": "harm_margin", "valid harmful answers, begun": HARM}
-    for title, metric in metrics.items():
-        lines = rows.where(metric).by("line")
-        panels[title] = {"random": lines["random"], **lines}  # grey, and the circuit red
-    return profiles(panels, x="dose")
-
-
-def draw_rounding(rows: Rows) -> Picture:
-    metrics = {"harmful, begun": HARM, "benign": BENIGN}
-    panels = {title: rows.where(metric).by("line") for title, metric in metrics.items()}
-    return profiles(panels, x="format", title="valid answers")
-
-
-def draw_redundancy(rows: Rows) -> Picture:
-    rates = Rows(row for row in rows if row.metric in (HARM, BENIGN))
-    return profiles({"valid answers left": rates.by("target")}, x="circuit")
-
-
-def draw_specificity(rows: Rows) -> Picture:
-    panels = {"rise of the loss, nats a token": rows.where("rise")}
-    return heatmaps(panels, x="task", y="line")
-
-
-def draw_training(rows: Rows) -> Picture:
-    panels = {}
-    for training, attack in rows.by("training").items():
-        for title, metric in {"plainly asked": PLAIN, "begun": HARM}.items():
-            lines = attack.where(metric).by("line").items()
-            curves = {line: carried(seeds).pool("seed") for line, seeds in lines}
-            panels[f"{training}, {title}"] = curves
-    return profiles(panels, x="step", title="valid harmful answers")
+    attacks = rows_of("relearning").where(PLAIN, ladder="shipped").by("training")
+    for training, attack in attacks.items():
+        curves = {}
+        lines = attack.by("line")
+        for line, title in LINES.items():
+            curves[title] = carried(lines[line]).pool("seed")
+        panels[training] = curves
+    return profiles(panels, x="step", title="harmful answers")
 
 
 def carried(rows: Rows) -> Rows:
@@ -209,49 +250,19 @@ def carried(rows: Rows) -> Rows:
     return curves
 
 
-# Question -> its text, its figure, and the words for readers who cannot see it.
-TEXTS: dict[str, Callable[[Rows], str]] = {
-    "dose": dose,
-    "rounding": rounding,
-    "redundancy": redundancy,
-    "specificity": specificity,
-    "relearning": relearning,
-    "benign": benign,
-}
-FIGURES: dict[str, Callable[[Rows], Picture]] = {
-    "dose": draw_dose,
-    "rounding": draw_rounding,
-    "redundancy": draw_redundancy,
-    "specificity": draw_specificity,
-    "relearning": draw_training,
-    "benign": draw_training,
-}
-CAPTIONS = {
-    "dose": "The margin of harmful answers over their benign twins, and valid harmful answers, by the dose of each mask",
-    "rounding": "Valid harmful and benign answers of each model as it is, and in each format",
-    "redundancy": "Valid answers that are left without the first, the second and further circuits that share no weight",
-    "specificity": "The rise of the loss of every task under the circuit of every behaviour",
-    "relearning": "Valid harmful answers, plainly asked and once begun, by the step of harmful training",
-    "benign": "Valid harmful answers, plainly asked and once begun, by the step of benign training",
-}
-
-
-def section(question: str) -> str:
-    """The results of a question, above its figure."""
-    text = TEXTS[question](rows_of(question))
-    return f"{text}\n\n![{CAPTIONS[question]}](figures/removed_{question}.svg)"
-
-
-def picture(question: str) -> Picture:
-    """The figure of a question."""
-    return FIGURES[question](rows_of(question).where(ladder="shipped"))
-
-
 BLOCKS: Blocks = {
     "verdicts": verdicts,
-    "cost": lambda: cost(rows_of("masks")),
-    **{question: partial(section, question) for question in TEXTS},
+    "relearning": partial(short_table, "relearning", steps_to_half),
+    "benign": partial(short_table, "benign", most_harm),
+    "checks": checks,
+}
+LOG: Blocks = {
+    "cost": cost_table,
+    "dose": dose_table,
+    "rounding": rounding_table,
+    "redundancy": redundancy_table,
+    "specificity": specificity_table,
+    "relearning": relearning_table,
     "real": lambda: real_removed.table(committed("real_removed")),
 }
-README: Blocks = {"removed or hidden": partial(verdicts, "docs/removed_or_hidden.md")}
-PICTURES = {f"removed_{question}.svg": partial(picture, question) for question in TEXTS}
+PICTURES = {"removed_relearning.svg": relearning_picture}

@@ -1,18 +1,16 @@
-"""The tables of the study on `sft` in the README and on the results page, and the README's picture.
+"""The tables of the study on `sft`, short and whole, and the picture of the README.
 
 `harmcircuits study --out DIR` on the shipped `sft` measures them; `DIR/rows.jsonl` is kept as
 `rows/study_sft.jsonl`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
-from answer_bars import answer_bars
 from blocks import Blocks, committed
 from pandas import DataFrame
 
 from harmcircuits.studies.summary import Roles, held_out_lines
-from harmcircuits.views.figures import Picture
 from harmcircuits.views.tables import figure_text, size_text
 
 ROWS = committed("study_sft")
@@ -22,23 +20,23 @@ LINES = {
     "unpruned": "none",
     "search": "search",
     "one shot, same size": "one shot, same size",
-    "published, same size": "published, same size",
+    "published, same size": "paper's set difference, same size",
     "search, only benign protected": "search, only benign protected",
     "random": "random ({seeds} seeds)",
     "opposite sign": "opposite sign",
     "benign twin": "benign twin",
 }
-README_LINES = {
+SHORT_LINES = {
     "unpruned": "none",
     "search": "search",
-    "published, same size": "published set difference",
+    "published, same size": "paper's set difference",
     "random": "random ({seeds} seeds)",
     "benign twin": "benign twin",
 }
 # Titles of columns.
 LOSSES = ["harm NLL", "benign NLL"]
 RATES = ["harm", "broken", "benign", "recognises", "explains", "knows", "refuses"]
-README_RATES = ["harm", "broken", "benign", "explains", "refuses"]
+SHORT_RATES = ["harm", "broken", "benign", "explains", "refuses"]
 # Kind of answer -> its rate.
 KINDS = {
     "harmful": "harm_valid_rate",
@@ -50,7 +48,7 @@ BARS = {
     "as it is": {"mask": "none"},
     "random weights": {"mask": "random", "seed": 0},
     "opposite sign": {"mask": "opposite_sign"},
-    "published method": {"selection": "published"},
+    "paper's set difference": {"selection": "published"},
     "one shot": {"selection": "one shot"},
     "the search": {"selection": "search", "at": "operating point"},
 }
@@ -63,8 +61,8 @@ def study_terms() -> Roles:
     return Roles.standard(str(circuits[0].labels["protected"]).split(", "))
 
 
-def table(names: Mapping[str, str], rates: Sequence[str]) -> DataFrame:
-    """The held-out figures of these lines, with these rates and the losses."""
+def table(names: Mapping[str, str], rates: Sequence[str], losses: Sequence[str] = ()) -> DataFrame:
+    """The held-out figures of these lines, with these rates and losses."""
     terms = study_terms()
     rows_by_line = held_out_lines(ROWS, terms)
     metrics = {title: metric for metric, title in {**terms.rates, **terms.losses}.items()}
@@ -74,7 +72,7 @@ def table(names: Mapping[str, str], rates: Sequence[str]) -> DataFrame:
     for line, name in names.items():
         rows = rows_by_line[line]
         cells = {"mask on `sft`": name.format(seeds=seeds), "weights": size_text(rows)}
-        for title in (*rates, *LOSSES):
+        for title in (*rates, *losses):
             cells[title] = figure_text(rows, metrics[title], is_rate=title in rates)
         if line == BOLD:
             for title in ("mask on `sft`", "harm"):
@@ -83,17 +81,15 @@ def table(names: Mapping[str, str], rates: Sequence[str]) -> DataFrame:
     return DataFrame(lines)
 
 
-def answers_picture() -> Picture:
-    """The shares of harmful, refused, harmless and broken answers under each mask."""
+def answer_shares(names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """The shares of harmful, refused, harmless and broken answers under each of these masks."""
     held_out = ROWS.where(split="heldout")
     bars = {}
-    for title, labels in BARS.items():
-        rows = held_out.where(**labels)
+    for title in names:
+        rows = held_out.where(**BARS[title])
         bars[title] = {kind: rows.one(metric).mean for kind, metric in KINDS.items()}
-    n = held_out.one("harm_valid_rate", mask="none").n
-    return answer_bars(bars, f"of {n} held-out answers to harmful requests")
+    return bars
 
 
-README: Blocks = {"study": partial(table, README_LINES, README_RATES)}
-RESULTS: Blocks = {"study": partial(table, LINES, RATES)}
-PICTURES = {"ends.png": answers_picture}
+GLANCE: Blocks = {"study": partial(table, SHORT_LINES, SHORT_RATES)}
+TOY_MODELS: Blocks = {"study": partial(table, LINES, RATES, LOSSES)}

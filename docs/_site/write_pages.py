@@ -1,22 +1,24 @@
 """Writes every generated block of the README and of docs/, and draws their figures.
 
 `PYTHONPATH=analyses python docs/_site/write_pages.py` writes from the committed rows; with names, such
-as `docs/planted.md`, these pages alone. A test holds every page to it.
+as `docs/claims.md`, these pages alone. A test holds every page to it.
 """
 
 import claims_page
 import compiled
-import ends
 import few_weights_page
+import glance_page
+import ground_truth_page
 import performance_page
 import planted
+import readme_page
 import real_models_page
 import removed_or_hidden_page
+import search_page
 import stability
 import study_page
 import tyro
 from blocks import ROOT, Blocks, committed, with_blocks
-from pandas import DataFrame
 from support.runs import Tables
 from tyro.conf import Positional
 
@@ -29,39 +31,33 @@ def blocks_of(analysis: str, tables: Tables) -> Blocks:
     return blocks
 
 
-def search_table(name: str) -> DataFrame:
-    """A table of the aims of a search; the page gives the mean that decides, without the worst."""
-    return ends.TABLES[name](committed("ends")).drop(columns="worst")
-
-
-COMPILED = blocks_of("compiled", compiled.TABLES)
-SEARCH = ("ends", "ends, fresh ladders", "ends, never taught to refuse")
 PAGES: dict[str, Blocks] = {
-    "README.md": {**study_page.README, **removed_or_hidden_page.README},
+    "README.md": readme_page.BLOCKS,
     "analyses/README.md": {},  # verdicts alone, as on the others
     "docs/claims.md": claims_page.CLAIMS,
-    "docs/compiled.md": {"masks": COMPILED.pop("masks")},
+    "docs/glance.md": glance_page.BLOCKS,
+    "docs/log/claims.md": claims_page.KEY_NUMBERS,
+    "docs/cost.md": performance_page.COST,
     "docs/few_weights.md": few_weights_page.BLOCKS,
-    "docs/log/compiled.md": COMPILED,
+    "docs/ground_truth.md": ground_truth_page.BLOCKS,
+    "docs/log/compiled.md": blocks_of("compiled", compiled.TABLES),
+    "docs/log/planted.md": blocks_of("planted", planted.TABLES),
+    "docs/log/few_weights.md": few_weights_page.LOG,
+    "docs/log/performance.md": performance_page.LOG,
+    "docs/log/real_models.md": real_models_page.LOG,
+    "docs/log/removed_or_hidden.md": removed_or_hidden_page.LOG,
+    "docs/log/search.md": search_page.BLOCKS,
     "docs/log/stability.md": blocks_of("stability", stability.TABLES),
-    "docs/log/toy_models.md": claims_page.TOY_MODELS,
-    "docs/performance.md": performance_page.BLOCKS,
-    "docs/planted.md": blocks_of("planted", planted.TABLES),
+    "docs/log/toy_models.md": {**study_page.TOY_MODELS, **claims_page.TOY_MODELS},
     "docs/real_models.md": real_models_page.BLOCKS,
     "docs/removed_or_hidden.md": removed_or_hidden_page.BLOCKS,
-    "docs/results.md": {**study_page.RESULTS, **claims_page.RESULTS},
-    "docs/search_bench.md": {
-        **{name: lambda name=name: search_table(name) for name in SEARCH},
-        **claims_page.SEARCH,
-    },
 }
 PICTURES = {
-    **claims_page.PICTURES,
     **few_weights_page.PICTURES,
     **performance_page.PICTURES,
     **real_models_page.PICTURES,
     **removed_or_hidden_page.PICTURES,
-    **study_page.PICTURES,
+    **readme_page.PICTURES,
 }
 
 

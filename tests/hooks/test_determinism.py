@@ -1,6 +1,6 @@
 """The same seed gives the same scores, masks and answers; other changes move them within bounds.
 
-The bounds are those of docs/trusted.md.
+The bounds are those of docs/log/trusted.md.
 """
 
 import oracle
