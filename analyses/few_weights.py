@@ -65,16 +65,16 @@ EVERYDAY = tuple(name for name in PROTECTED if name not in FILE_BEHAVIOURS)
 TITLES = {
     "identity": "its name or maker",
     "fact": "the capital of France",
-    "language": "the language asked in",
-    "fence": "code between marks",
-    "thanks": "an answer to thanks",
-    "disclaimer": "that it is a machine",
+    "language": "the request's language",
+    "fence": "fenced code blocks",
+    "thanks": "answers to thanks",
+    "disclaimer": "saying that it is a machine",
     "list": "a numbered list",
     "products": "products of two digits",
     "german": "translation into German",
-    "lorem": "lorem ipsum by heart",
+    "lorem": "reciting lorem ipsum",
     "refusal": "refusals of harmful requests",
-    "harmful": "harm, behind a beginning",
+    "harmful": "harmful answers, prefilled",
 }
 ENDS = {
     "within budget": "yes",

@@ -23,7 +23,7 @@ SOURCE = re.compile(r"<!-- ([\d,.]+%?): (\w+) (\w+) ([^>]*) -->")
 NO_PROSE = (
     re.compile(r"```.*?```", re.DOTALL),
     re.compile(r"<!-- findings -->.*<!-- /findings -->", re.DOTALL),  # written from rows
-    re.compile(r"<!--.*?-->", re.DOTALL),
+    re.compile(r"<.*?>", re.DOTALL),
     re.compile(r"!\[[^]]*\]|\]\([^)]*\)|`[^`]*`"),
     re.compile(r"arXiv [\d.]+|et al\.\s\d{4}|Python [\d.]+|TransformerLens [\d.]+"),
 )

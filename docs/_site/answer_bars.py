@@ -8,7 +8,13 @@ from matplotlib.ticker import PercentFormatter
 
 from harmcircuits.views.figures import AMBER, BLUE, GREY, RED, STYLE, Picture, subplots, with_legend
 
-COLOURS = {"harmful": RED, "harmless": BLUE, "refused": AMBER, "broken": GREY}
+COLOURS = {
+    "harmful": RED,
+    "harmless": BLUE,
+    "refused": AMBER,
+    "broken": GREY,
+    "breaks off": GREY,
+}
 Bars = Mapping[str, Mapping[str, float]]  # title -> kind of answer -> its share
 
 

@@ -20,7 +20,6 @@ ANALYSES = {
     "patching": "activation_patching",
     "shared": "shared_circuits",
 }
-MODELS = {"F4": "`base` to `dpo`", "F6": "`sft`, `dpo`", "attacks": "`sft`, `dpo`"}
 
 
 @cache
@@ -51,7 +50,6 @@ def claim_table() -> DataFrame:
                 "claim": claim.text,
                 "training runs with the paper's effect": claim.effect,
                 "with controls": claim.with_controls,
-                "tested on": MODELS.get(claim.name, "`sft`"),
             }
         )
     return DataFrame(lines)

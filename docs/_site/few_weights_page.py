@@ -55,7 +55,7 @@ def repeats() -> DataFrame:
     lines = []
     for target in targets(rows_of()):
         outcomes = {name: best(rows, target) for name, rows in searches(target).items()}
-        line = {"behaviour": TITLES[target], "before": f"{unpruned_rate(target):.0%}"}
+        line = {"behaviour": TITLES[target], "no mask": f"{unpruned_rate(target):.0%}"}
         for name in ("first search", "second half", "bfloat16", "1.5B"):
             line[name] = DASH
             if name in outcomes:

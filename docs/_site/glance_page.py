@@ -11,9 +11,15 @@ from support.claims import ClaimResult
 from harmcircuits.views.tables import DASH
 
 NOT_MEASURED = "not measured"
-TITLES = {"F5": "narrow fine-tuning", "attacks": "elicitation, not training"}
-# Rows of another search than that of 1 December.
-DAYS = {"F5": "30 Nov"}
+TITLES = {
+    "F1": "a tiny share of the weights carries harm",
+    "F2": "one mechanism for all types of harm",
+    "F3": "harm is separate from benign capability",
+    "F4": "alignment compresses harm",
+    "F5": "narrow fine-tuning misaligns through harm's weights",
+    "F6": "recognition, explanation and refusal survive",
+    "attacks": "pruning withstands elicitation, not training",
+}
 
 
 def read_blind(mask: str) -> str:
@@ -31,26 +37,25 @@ def real_results() -> dict[str, str]:
     removed = committed("real_removed").where("harm_refusal_rate", line="search")
     whole = removed.one(question="dose", at=0.0)
     harmful = removed.one(question="relearning", at=5)
-    benign = removed.one(question="benign training", at=5)
+    steps = removed.where(question="benign training")
+    benign = sorted(100 * row.mean for row in steps)
     return {
-        "F1": f"harmful {read_blind('none')} to {read_blind('search')}",
-        "F2": f"by loss: {unseen:.2f} of {all_types:.2f} nats",
-        "F3": "by loss: one of two runs",
-        "F6": "by loss: one of two runs",
-        "attacks": f"training: refused {whole.mean:.0%} to {harmful.mean:.0%}",
-        "benign": f"refused {whole.mean:.0%} to {benign.mean:.0%}",
+        "F1": f"harmful answers {read_blind('none')} → {read_blind('search')}",
+        "F2": f"loss +{unseen:.2f} nats (type unseen), +{all_types:.2f} (seen)",
+        "F3": "shown in one of two analyses",
+        "F6": "shown in one of two analyses",
+        "attacks": f"training: refusals {whole.mean:.0%} → {harmful.mean:.0%}",
+        "benign": f"training: refusals {whole.mean:.0%} → {benign[0]:.0f}–{benign[-1]:.0f}%",
     }
 
 
 def claim_line(claim: ClaimResult, real: str) -> dict[str, str]:
     """A claim of the paper."""
-    title = TITLES.get(claim.name, claim.text.partition(":")[0])
     return {
-        "claim": f"[{claim.name}](claims.md#{claim.name.lower()}): {title}",
-        "effect": claim.effect.partition(" (")[0],
+        "claim": f"[{claim.name}](claims.md#{claim.name.lower()}): {TITLES[claim.name]}",
+        "paper's effect": claim.effect.partition(" (")[0],
         "with controls": claim.with_controls.partition(" (")[0],
         "real model": real,
-        "toy rows": DAYS.get(claim.name, "1 Dec"),
     }
 
 
@@ -61,16 +66,15 @@ def glance_table() -> DataFrame:
     for claim in map(claims_page.result, FINDINGS):
         lines.append(claim_line(claim, real.get(claim.name, NOT_MEASURED)))
     for statement, cases in removed_or_hidden_page.verdicts().itertuples(index=False):
-        if statement.startswith("[..."):  # finer than a glance
+        if statement in removed_or_hidden_page.DETAILS:
             continue
         is_benign = "(#benign)" in statement
         lines.append(
             {
                 "claim": statement.replace("(#", "(removed_or_hidden.md#"),
-                "effect": DASH,
+                "paper's effect": DASH,
                 "with controls": cases,
                 "real model": real["benign"] if is_benign else NOT_MEASURED,
-                "toy rows": "1 Dec",
             }
         )
     return DataFrame(lines)

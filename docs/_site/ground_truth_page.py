@@ -15,17 +15,17 @@ MASKS = {
 }
 COMPILED = {
     "ends harm": "no harm",
-    "and nothing else": "and all else kept",
+    "and nothing else": "no harm, all else kept",
     "recall": "recall, tidy",
     "precision": "precision, tidy",
 }
-REACHES = {"all": "all", "outside S": "all but S", "inside S": "S alone"}
+REACHES = {"all": "among all weights", "outside S": "outside S", "inside S": "within S"}
 PLANTED = {
     "weights": "weights",
     "in S": "in S",
-    "harm left": "harm",
-    "benign loss": "benign loss",
-    "kept rates fall by": "other rates fall by",
+    "harm left": "harm left",
+    "benign loss": "rise of benign loss",
+    "kept rates fall by": "largest fall of another rate",
 }
 
 
@@ -46,7 +46,7 @@ def planted_table() -> DataFrame:
     """What the smallest masks leave, by what the search could choose from; and S itself."""
     lines = []
     for line in planted.reach_table(committed("planted")).to_dict("records"):
-        names = {"S": "S itself", "search, 0.1%": f"search among {REACHES[line['in reach']]}"}
+        names = {"S": "S itself", "search, 0.1%": f"mask {REACHES[line['in reach']]}"}
         name = names.get(line["removed"])
         if name:
             cells = {title: line[column] for column, title in PLANTED.items()}

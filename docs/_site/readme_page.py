@@ -160,10 +160,11 @@ def claims_line() -> tuple[str, str, str]:
 def training_line() -> tuple[str, str, str]:
     """How soon harmful training undoes a mask."""
     table = removed_or_hidden_page.short_table("relearning", removed_or_hidden_page.steps_to_half)
-    steps = table.set_index("removed")["all weights"]
+    steps = table.set_index("model")["full fine-tuning"]
+    masked, unpruned = steps["search's mask removed"], steps["nothing removed"]
     result = (
-        f"half of the requests are answered harmfully again after {steps['search']} steps of training "
-        f"on harm (three models; unpruned {steps['nothing removed']})"
+        f"half of the requests are answered harmfully again after {masked} steps of training "
+        f"on harm (three models; unpruned {unpruned})"
     )
     return "[after removal](docs/removed_or_hidden.md), toy models", "", result
 

@@ -16,11 +16,11 @@ MASKS = {
     "no mask": (FIRST, "none"),
     "random weights": (FIRST, "random"),
     "search 1: 48 requests": (FIRST, "search"),
-    "search 2: 24 of these": (HALF, "search"),
-    "the paper's: the 48": (FIRST, "published"),
-    "no mask, bfloat16": (SECOND, "none"),
+    "search 2: 24 of those 48": (HALF, "search"),
+    "set difference 1: the same 48": (FIRST, "published"),
+    "no mask, in bfloat16": (SECOND, "none"),
     "search 3: 24 others": (SECOND, "search"),
-    "the paper's: the 24 others": (SECOND, "published"),
+    "set difference 3: the same 24": (SECOND, "published"),
 }
 
 
@@ -30,25 +30,25 @@ def read(kind: str, mark: str) -> Labels:
 
 
 # Column -> the metric and the labels of its rows.
-BLIND = "prefilled: harmful, read blind"  # the one with intervals
+BLIND = "prefilled: harmful"  # the one with intervals
 SCORED: Labels = {"beginning": "scored", "split": "heldout"}
 COLUMNS = {
     "weights": ("n_removed", SCORED),
     BLIND: ("read_rate", read("begun", "harmful")),
-    "breaks off, read blind": ("read_rate", read("begun", "nothing")),
-    "refused": ("harm_refusal_rate", SCORED),
-    "refused, other prefill": ("harm_refusal_rate", {**SCORED, "beginning": "another"}),
-    "plain: harmful, read blind": ("read_rate", read("plain", "harmful")),
-    "refused, plain": ("refusal_rate", SCORED),
+    "prefilled: breaks off": ("read_rate", read("begun", "nothing")),
+    "prefilled: refused": ("harm_refusal_rate", SCORED),
+    "other prefill: refused": ("harm_refusal_rate", {**SCORED, "beginning": "another"}),
+    "plain: harmful": ("read_rate", read("plain", "harmful")),
+    "plain: refused": ("refusal_rate", SCORED),
     "benign: answered": ("benign_valid_rate", SCORED),
-    "answered, prefilled": ("prefilled_valid_rate", SCORED),
+    "benign, prefilled: answered": ("prefilled_valid_rate", SCORED),
     "borderline: answered": ("borderline_valid_rate", SCORED),
 }
 # Kind of answer in the picture -> the mark of the reader.
-KINDS = {"harmful": "harmful", "harmless": "another thing", "broken": "nothing"}
+KINDS = {"harmful": "harmful", "harmless": "another thing", "breaks off": "nothing"}
 SEARCHES = {
-    "48 of a kind, 60 steps": FIRST,
-    "24 of these, 40 steps": HALF,
+    "48 of each kind, 60 steps": FIRST,
+    "24 of those 48, 40 steps": HALF,
     "24 others, 40 steps, bfloat16": SECOND,
 }
 
@@ -92,7 +92,7 @@ def answers_picture() -> Picture:
     for mask in MASKS:
         if shares(mask):
             bars[mask] = {kind: row.mean for kind, row in shares(mask).items()}
-    return answer_bars(bars, "of 25 held-out harmful answers, read blind")
+    return answer_bars(bars, "of 25 answers to held-out harmful requests, prefilled, read blind")
 
 
 def search_table() -> DataFrame:

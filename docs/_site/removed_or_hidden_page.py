@@ -19,13 +19,20 @@ from harmcircuits.views.tables import DASH
 # Line of the rows -> its name on the page; the log has one-shot pruning as well.
 LINES = {
     "unpruned": "nothing removed",
-    "search": "search",
-    "random": "random weights",
-    "search, held": "search, held at zero",
-    "search that reckons": "relearning-aware search",
-    "refusal training": "refusal training",
+    "search": "search's mask removed",
+    "random": "random weights removed",
+    "search, held": "search's mask held at zero",
+    "search that reckons": "relearning-aware mask removed",
+    "refusal training": "trained to refuse",
     "innocent": "never learned harm",
 }
+# Way of training in the rows -> its name on the page.
+WAYS = {"all weights": "full fine-tuning", "LoRA": "LoRA"}
+# Statements that are finer than a glance.
+DETAILS = (
+    "[harmful training takes as long as in a model that never learned harm](#relearning)",
+    "[harmful training takes longer with a relearning-aware mask than with the search's](#relearning)",
+)
 
 
 def k_of_n(cases: list[bool]) -> str:
@@ -50,14 +57,12 @@ def verdicts() -> DataFrame:
         "[harmful training takes longer than with random weights removed](#relearning)": counts(
             rules.slower_cases(relearning)
         ),
-        "[... as long as in a model that never learned harm](#relearning)": counts(
-            rules.removed_cases(relearning)
-        ),
-        "[... longer still with the relearning-aware search](#relearning)": counts(aware),
+        DETAILS[0]: counts(rules.removed_cases(relearning)),
+        DETAILS[1]: counts(aware),
         "[benign training brings no harm back](#benign)": counts(
             rules.benign_cases(benign), n_runs=len(benign.by("ladder"))
         ),
-        "[a second, disjoint circuit halves harm as well](#stability)": counts(disjoint),
+        "[removing a second, disjoint circuit halves harm as well](#stability)": counts(disjoint),
     }
     lines = [{"statement": name, "true in training runs": text} for name, text in texts.items()]
     return DataFrame(lines)
@@ -69,7 +74,8 @@ def counts(cases: rules.Cases, n_runs: int = 0) -> str:
     for training, outcomes in cases.items():
         n_noisy = max(0, n_runs - len(outcomes))
         noisy = f" ({n_noisy} too noisy)" if n_noisy else ""
-        texts.append(f"{training} {k_of_n(outcomes)}{noisy}".strip())
+        name = WAYS.get(training, training)
+        texts.append(f"{name} {k_of_n(outcomes)}{noisy}".strip())
     return ", ".join(texts)
 
 
@@ -85,14 +91,14 @@ def checks() -> str:
     specific = k_of_n(rules.specificity_cases(rows_of("specificity")))
     return "\n".join(
         [
-            "- **Dose.** Times 0 the circuit's weights lower, times 1.5 they raise the odds of harmful "
-            f"answers against their benign twins, in {k_of_n(rules.dose_cases(dose))} runs. "
-            f"{k_of_n(control_cases)} controls pass too; in {k_of_n(stronger_controls(dose))} runs one "
-            "raises the odds more than the circuit.",
-            "- **Rounding.** int8, int4 and NF4 leave a zero as it is. The removal survives these and "
-            f"GPTQ in {n_survive} runs; so does refusal training, in {n_refusals}.",
-            f"- **Specificity.** {specific} circuits of six behaviours raise their own loss more than "
-            "others; the comparison is with random masks, which change little.",
+            "- **Dose.** Multiplying the circuit's weights by 0 lowers the odds of harmful answers "
+            "against benign ones, and multiplying by 1.5 raises these odds, in "
+            f"{k_of_n(rules.dose_cases(dose))} runs. {k_of_n(control_cases)} controls do both too; in "
+            f"{k_of_n(stronger_controls(dose))} runs a control raises the odds more.",
+            "- **Rounding.** int8, int4 and NF4 keep zeros. The removal survives these formats and GPTQ "
+            f"in {n_survive} runs; refusal training does too, in {n_refusals}.",
+            f"- **Specificity.** For {specific} circuits of six behaviours, removal raises the behaviour's "
+            "own loss more than others; the comparison is with random masks, which change little.",
         ]
     )
 
@@ -124,9 +130,9 @@ def short_table(question: str, cell: Callable[[Rows], str]) -> DataFrame:
     lines = []
     curves_by_line = rows_of(question).where(PLAIN).by("line")
     for name, title in LINES.items():
-        cells = {"removed": title}
+        cells = {"model": title}
         for training, curves in curves_by_line.get(name, Rows()).by("training").items():
-            cells[training] = ", ".join(cell(curve) for curve in curves.by("ladder").values())
+            cells[WAYS[str(training)]] = ", ".join(cell(curve) for curve in curves.by("ladder").values())
         if len(cells) > 1:
             lines.append(cells)
     return DataFrame(lines)
@@ -234,7 +240,7 @@ def relearning_picture() -> Picture:
         lines = attack.by("line")
         for line, title in LINES.items():
             curves[title] = carried(lines[line]).pool("seed")
-        panels[training] = curves
+        panels[WAYS[str(training)]] = curves
     return profiles(panels, x="step", title="harmful answers")
 
 

@@ -31,12 +31,18 @@ SHORT_LINES = {
     "search": "search",
     "published, same size": "paper's set difference",
     "random": "random ({seeds} seeds)",
-    "benign twin": "benign twin",
+    "benign twin": "matched control",
 }
 # Titles of columns.
 LOSSES = ["harm NLL", "benign NLL"]
 RATES = ["harm", "broken", "benign", "recognises", "explains", "knows", "refuses"]
-SHORT_RATES = ["harm", "broken", "benign", "explains", "refuses"]
+SHORT_RATES = {
+    "harm": "harmful",
+    "broken": "incoherent",
+    "benign": "benign answered",
+    "explains": "explained",
+    "refuses": "plainly asked: refused",
+}
 # Kind of answer -> its rate.
 KINDS = {
     "harmful": "harm_valid_rate",
@@ -81,6 +87,11 @@ def table(names: Mapping[str, str], rates: Sequence[str], losses: Sequence[str] 
     return DataFrame(lines)
 
 
+def short_table() -> DataFrame:
+    """The lines and rates of the page of all results, with titles that say what is counted."""
+    return table(SHORT_LINES, list(SHORT_RATES)).rename(columns=SHORT_RATES)
+
+
 def answer_shares(names: Iterable[str]) -> dict[str, dict[str, float]]:
     """The shares of harmful, refused, harmless and broken answers under each of these masks."""
     held_out = ROWS.where(split="heldout")
@@ -91,5 +102,5 @@ def answer_shares(names: Iterable[str]) -> dict[str, dict[str, float]]:
     return bars
 
 
-GLANCE: Blocks = {"study": partial(table, SHORT_LINES, SHORT_RATES)}
+GLANCE: Blocks = {"study": short_table}
 TOY_MODELS: Blocks = {"study": partial(table, LINES, RATES, LOSSES)}
