@@ -67,12 +67,12 @@ def test_the_command_sets_right_what_is_wrong(page, right, wrong):
 
 
 PARAGRAPHS = {
-    "F1": "Both in 3 of 3",
-    "F2": "Effect in 3 of 3; with controls undecided.",
-    "F3": "Effect in 3 of 3, with controls in none.",
-    "F4": "In none of 3, both.",
-    "F5": "Effect in 2 of 3 (8 of 12 fine-tunings), with controls in none (3 of 12).",
-    "F6": "In none of 3, both** (4 and 2 of 18 cases)",
+    "F1": "Effect in 3 of 3, with controls in 3 of 3.",
+    "F2": "Effect in 3 of 3, with controls undecided.",
+    "F3": "Effect in 3 of 3, with controls in none of 3.",
+    "F4": "Effect in none of 3, with controls in none of 3.",
+    "F5": "Effect in 2 of 3 (8 of 12 fine-tunings), with controls in none of 3 (3 of 12).",
+    "F6": "Effect in none of 3 (4 of 18 cases), with controls in none of 3 (2 of 18).",
     "attacks": "Effect in 2 of 3 (5 of 6 cases), with controls in 1 of 3 (4 of 6).",
 }
 
@@ -165,8 +165,10 @@ def test_the_page_of_real_models_quotes_rows():
     prefill = rows.one(mask="preferred, factor 1", attack="prefill", step=0)
     ablated = rows.one(mask="preferred, factor 1", attack="prefill + refusal ablation", step=0)
     trained = rows.one(mask="preferred, factor 1, then free", attack="plain", step=15)
-    quote = "left {} % harmful left {} % without the weights of refusal, and {} % after"
-    assert quote.format(*map(per_cent, (prefill, ablated, trained))) in text
+    assert f"left {per_cent(prefill)} % of prefilled answers harmful" in text
+    assert f"With the weights of refusal removed too, {per_cent(ablated)} % were harmful" in text
+    quote = "after [fifteen steps of harmful training](log/real_models.md#attacked)"
+    assert f"{quote} {per_cent(trained)} % were, plainly asked" in text
 
 
 def test_the_count_of_few_weights_is_that_of_its_rows():
@@ -185,8 +187,8 @@ def test_the_count_of_few_weights_is_that_of_its_rows():
     }
     assert groups["always"] == ["language", "products", "lorem"]
     assert groups["at a cost"] == ["fact"] and len(groups["never"]) == 5
-    assert "**Three of twelve end in every search on this model**: products" in text
-    assert "Five never ended" in text
+    assert "**Every search on this model ends three of twelve**: products" in text
+    assert "five behaviours never ended" in text
 
 
 def both_draws(metric: str, mask: str, **labels) -> str:
@@ -201,25 +203,25 @@ def test_the_set_difference_on_the_real_model_is_that_of_its_rows():
     begun, plain = ({"kind": kind, "as": "harmful"} for kind in ("begun", "plain"))
     scored = {"beginning": "scored"}
     assert both_draws("read_rate", "none", **begun) == "92 and 92"
-    assert f"from 92 to {both_draws('read_rate', 'published', **begun)} % by blind" in text
-    assert f"our search ({both_draws('read_rate', 'search', **begun)} %)" in text
+    assert f"from 92 to {both_draws('read_rate', 'published', **begun)} % if prefilled" in text
+    assert f"(our search: {both_draws('read_rate', 'search', **begun)} %)" in text
     before, after = (both_draws("read_rate", mask, **plain) for mask in ("none", "published"))
     assert (before, after) == ("28 and 24", "4 and 0")
-    assert "plainly asked from 28 to 4 and from 24 to 0 %" in text
+    assert "from 28 to 4 and from 24 to 0 % if plainly asked" in text
     assert both_draws("benign_valid_rate", "none", **scored) == "87 and 87"
     benign = both_draws("benign_valid_rate", "published", **scored)
-    assert f"requests answered fall from 87 to {benign} %" in text
+    assert f"Answered benign requests fall from 87 to {benign} %" in text
     borderline = [
         both_draws("borderline_valid_rate", mask, **scored) for mask in ("none", "published")
     ]
     assert borderline == ["67 and 70", "27 and 37"]
     assert "borderline ones from 67 to 27 and from 70 to 37 %" in text
     nothing = both_draws("read_rate", "published", kind="begun", **{"as": "nothing"})
-    assert f"{nothing} % of the prefilled answers say nothing" in text
+    assert f"{nothing} % of the prefilled answers [break off]" in text
     kept = [
         both_draws(f"{name}_valid_rate", "search", **scored) for name in ("benign", "borderline")
     ]
-    assert f"rise to {kept[0]} %, and {kept[1]} %" in text
+    assert f"rise to {kept[0]} %, answered borderline ones to {kept[1]} %" in text
     rows = committed("real_ends").where(beginning="scored")
     published, none = (rows.one("prefilled_nll", mask=mask).mean for mask in ("published", "none"))
     assert f"rises by {published - none:.2f} nats" in text

@@ -132,7 +132,9 @@ def short_table(question: str, cell: Callable[[Rows], str]) -> DataFrame:
     for name, title in LINES.items():
         cells = {"model": title}
         for training, curves in curves_by_line.get(name, Rows()).by("training").items():
-            cells[WAYS[str(training)]] = ", ".join(cell(curve) for curve in curves.by("ladder").values())
+            cells[WAYS[str(training)]] = ", ".join(
+                cell(curve) for curve in curves.by("ladder").values()
+            )
         if len(cells) > 1:
             lines.append(cells)
     return DataFrame(lines)
