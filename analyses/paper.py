@@ -47,7 +47,7 @@ from harmcircuits.behaviours.judges import RuleJudge
 from harmcircuits.hooks.masking import masked_if_given
 from harmcircuits.measurements import Labels
 from harmcircuits.prompts import PromptSet
-from harmcircuits.storage import read_lines, write_lines
+from harmcircuits.storage import read_json, read_lines, write_json, write_lines
 from harmcircuits.studies.study import P_OVER_Q
 from harmcircuits.views.tables import frame_table
 
@@ -306,8 +306,13 @@ def write_sheets(out: Path, names: list[str], sizes: Sizes) -> None:
 
 
 def read_rows(out: Path, model: str) -> hc.Rows:
-    """The rate of every mark under every mask, and of agreement with the rules; and kappa."""
+    """The rate of every mark under every mask, and of agreement with the rules; and kappa.
+
+    No rows before the whole sheet is marked.
+    """
     sheet = read_lines(out / "sheet.jsonl", "a sheet")
+    if not all(line["mark"] in MARKS for line in sheet):
+        return hc.Rows()
     lines_by_cell: dict[tuple[str, str], list[dict]] = {}
     for line, key in zip(sheet, read_lines(out / "key.jsonl", "the key to a sheet"), strict=True):
         judge = RuleJudge(prefill=ASKS[key["ask"]].prefill)
@@ -378,6 +383,17 @@ def cost(model: hc.Model, files: Files, sizes: Sizes) -> str:
     )
 
 
+def refuse_other_settings(out: Path, model: str, sizes: Sizes) -> None:
+    """An error where a folder holds masks or answers of another model or of other sizes."""
+    settings = {"model": Path(model).name, "steps": sizes.steps, "scored": sizes.scored}
+    settings |= {"heldout": sizes.heldout, "max_new_tokens": sizes.max_new_tokens}
+    file = out / "settings.json"
+    if file.exists() and read_json(file, "settings of a run") != settings:
+        raise ValueError(f"{out} holds a run of {file.read_text().strip()}, not {settings}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+
+
 def main(
     out: Path,
     model: str,
@@ -398,6 +414,7 @@ def main(
         dtype: number format of the model.
         dry: only say what the run would cost.
     """
+    refuse_other_settings(out, model, sizes)
     prompts = {name: str(getattr(files, name)) for name in ("harmful", "benign", "borderline")}
     subject = hc.open_model(
         model,
