@@ -25,8 +25,8 @@ FORMAT = "harmcircuits.search.6"
 # Objectives are compared on a model of which a few weights are many times as large.
 PROBE_SHARE = 1e-3  # of each matrix
 PROBE_SCALE = 30.0
-# Of a loss, or nats per token below one: another machine rounds otherwise. In bfloat16 another number
-# of threads moves the losses of the probe by up to 4 % (Qwen2.5-Coder-0.5B, 96 texts).
+# Of a loss, or nats per token below one: another machine rounds otherwise. In bfloat16 another
+# number of threads moves the losses of the probe by up to 4 % (Qwen2.5-Coder-0.5B, 96 texts).
 TOLERANCE = 0.1
 
 
