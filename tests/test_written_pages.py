@@ -187,7 +187,7 @@ def test_the_count_of_few_weights_is_that_of_its_rows():
     }
     assert groups["always"] == ["language", "products", "lorem"]
     assert groups["at a cost"] == ["fact"] and len(groups["never"]) == 5
-    assert "**Every search on this model ends three of twelve**: products" in text
+    assert "**Three of twelve end in every search on this model**: products" in text
     assert "five behaviours never ended" in text
 
 
