@@ -29,7 +29,10 @@ TOY = {
 }
 ENDS = ("as it is", "the search")
 QWEN = "qwen2.5-coder-0.5b-instruct"
-NAMES = {"F2": "general (from seven types of harm to the eighth)"}
+NAMES = {
+    "F2": "general (from seven types of harm to the eighth)",
+    "F5": "behind emergent misalignment",
+}
 SEARCHED = "1e-06"  # the mask of 268 weights
 
 
@@ -145,14 +148,15 @@ def claims_line() -> tuple[str, str, str]:
     """The claims of the paper that all training runs show."""
     names: dict[str, list[str]] = {}
     controlled = []
-    for claim in map(claims_page.result, FINDINGS):
+    results = map(claims_page.result, FINDINGS)
+    for claim in (one for one in results if one.name.startswith("F")):
         name = NAMES.get(claim.name, claim.text.partition(":")[0])
         names.setdefault(claim.effect.partition(" of")[0], []).append(name)
         if claim.with_controls.startswith("3 of 3"):
             controlled.append(name)
     result = (
-        f"in 3 of 3 training runs harm is {', '.join(names['3'])}; in none {', '.join(names['none'])}. "
-        f"With this project's controls only {', '.join(controlled)} is left"
+        f"in 3 of 3 training runs harm is {', '.join(names['3'])}; in 2 {', '.join(names['2'])}; in none "
+        f"{', '.join(names['none'])}. With this project's controls only {', '.join(controlled)} is left"
     )
     return "[the paper's six claims](docs/claims.md), toy models", "", result
 

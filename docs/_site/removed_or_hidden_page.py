@@ -97,8 +97,8 @@ def checks() -> str:
             f"{k_of_n(stronger_controls(dose))} runs a control raises the odds more.",
             "- **Rounding.** int8, int4 and NF4 keep zeros. The removal survives these formats and GPTQ "
             f"in {n_survive} runs; refusal training does too, in {n_refusals}.",
-            f"- **Specificity.** For {specific} circuits of six behaviours, removal raises the behaviour's "
-            "own loss more than others; the comparison is with random masks, which change little.",
+            f"- **Specificity.** For {specific} circuits of six behaviours, removal raises the loss on the "
+            "behaviour's own answers more than on others'. Chance is that of random masks, which change little.",
         ]
     )
 
